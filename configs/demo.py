@@ -1,0 +1,37 @@
+"""The demo: 1,797 real 8x8 scans of digits, a 0.3 M ViT pruned to half of its MACs and 0.65 of its latency.
+
+python main.py --config configs/demo.py --workdir runs/demo
+"""
+
+from ml_collections import ConfigDict
+
+from nvit_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.vit.update(image=8, patch=2, channels=1, classes=10, embed=64, depth=6, heads=4, mlp=256)
+    c.vit.init_std = 0.05
+    c.vit.position_std = 0.5
+
+    c.pretrain.epochs = 20.0
+    c.pretrain.warmup_epochs = 2.0
+    c.pretrain.learning_rate = 1.5e-3
+    c.pretrain.save_every = 200
+
+    c.prune.target.macs_ratio = 0.5
+    c.prune.target.latency_ratio = 0.62
+    c.prune.mode = "gradual"
+    c.prune.steps = 4
+    c.prune.interval = 40
+    c.prune.score.remat = False
+    c.prune.learning_rate = 5e-4
+    c.prune.kl_weight = 10.0
+
+    c.finetune.epochs = 15.0
+    c.finetune.warmup_epochs = 1.0
+    c.finetune.learning_rate = 1e-3
+    c.finetune.kl_weight = 10.0
+    c.finetune.tau = 2.0
+    c.finetune.save_every = 200
+    return c

@@ -1,0 +1,87 @@
+"""Models on disk: `load_model` and `save_model`."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvit_jax import checkpoint, groups, models
+from nvit_jax.dims import Units, ViTDims
+from nvit_jax.errors import UserError
+from nvit_jax.groups import Params
+from nvit_jax.masks import check_masks
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Vision Transformer: its dims, its parameters, its masks if it is a masked one, and facts about it."""
+
+    dims: ViTDims
+    params: Params
+    masks: Units | None = None
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # preprocessing, classes, variant, provenance
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(lambda params, images, masks: models.forward(self.dims, params, images, masks).mean(1))
+
+    def apply(self, params: Params, images: Any, masks: Units | None = None) -> jax.Array:
+        """Logits [B, C] of normalised images [B, image, image, channels]; `masks` default to the model's own."""
+        return self._apply(params, images, self.masks if masks is None else masks)
+
+
+def save_model(directory: str | pathlib.Path, model: Model) -> None:
+    """Write a MODEL_DIR: model.json, params/ (Orbax), masks.npz when there are masks. Atomic."""
+    masks = None if model.masks is None else check_masks(model.masks, model.dims)
+    _check_params(model.params, model.dims, "save_model")
+    with checkpoint.new_directory(pathlib.Path(directory)) as beside:
+        checkpoint.write_json(
+            beside / "model.json",
+            {"format": FORMAT, "dims": model.dims.to_json(), "masked": masks is not None} | model.info,
+        )
+        checkpoint.save_arrays(beside / "params", model.params)
+        if masks is not None:
+            np.savez(beside / "masks.npz", **masks._asdict())
+
+
+def load_model(directory: str | pathlib.Path) -> Model:
+    """Read a MODEL_DIR. UserError when it is missing, damaged, or its arrays do not fit its dims."""
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a model directory: {'not a directory' if path.exists() else 'it does not exist'}"
+        )
+    info = checkpoint.read_json(path / "model.json")
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{path / 'model.json'}: not a model of format {FORMAT}")
+    dims = ViTDims.from_json(info.pop("dims"))
+    params = checkpoint.load_arrays(path / "params")
+    _check_params(params, dims, str(path / "params"))
+    masks = None
+    if info.pop("masked", False):
+        try:
+            with np.load(path / "masks.npz", allow_pickle=False) as arrays:
+                masks = check_masks(Units(**{name: arrays[name] for name in arrays.files}), dims)
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"{path / 'masks.npz'} is missing or damaged: {error}") from error
+    info.pop("format")
+    return Model(dims, params, masks, info)
+
+
+def _check_params(params: Params, dims: ViTDims, where: str) -> None:
+    expected = {path: leaf.shape for path, leaf in groups.flatten(models.shapes(dims))}
+    found = {path: np.shape(leaf) for path, leaf in groups.flatten(params)}
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise UserError(
+                f"{where}: {path} has shape {found.get(path, 'none (missing)')}, "
+                f"the dims ask for {expected.get(path, 'no such parameter')}"
+            )
+    for path, leaf in groups.flatten(params):
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise UserError(f"{where}: {path} holds values that are not finite")

@@ -1,0 +1,178 @@
+"""Files that are never half-written: model directories, and the train states of a run.
+
+Everything is written beside its place and renamed. Arrays are stored with Orbax and restored as NumPy, so that a
+checkpoint opens on any number and kind of devices.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nvit_jax.errors import UserError
+
+Path = pathlib.Path
+# Orbax and absl report every save; a run has its own progress lines.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line; what stood at `path` before is still there."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"no permission to write {path}: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}; what was there before is intact"
+        ) from error
+    except ValueError as error:  # tensorstore reports a full disk as ValueError("RESOURCE_EXHAUSTED: ...")
+        if "EXHAUSTED" in str(error) or "No space" in str(error) or "File too large" in str(error):
+            raise UserError(f"could not write {path}: no space left; what was there before is intact") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    with _saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """UserError when the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    with _saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            yield beside
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(beside, path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def save_arrays(path: Path, tree: Any) -> None:
+    """A pytree of arrays as an Orbax checkpoint at `path`, which must not exist."""
+    with ocp.PyTreeCheckpointer() as saver:
+        saver.save(path.absolute(), jax.tree.map(np.asarray, jax.device_get(tree)))
+
+
+def load_arrays(path: Path) -> Any:
+    """Nested dicts of NumPy arrays. UserError when they are missing or damaged."""
+    if not path.is_dir():
+        raise UserError(f"{path} is missing")
+    try:
+        with ocp.PyTreeCheckpointer() as loader:
+            metadata = loader.metadata(path.absolute()).item_metadata.tree
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            return loader.restore(path.absolute(), restore_args=args)
+    except Exception as error:  # Orbax and tensorstore raise many types for one damaged file
+        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _checksum(tree: Any) -> int:
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
+    return value
+
+
+class StateSaver:
+    """Train states of one stage under `directory`, the newest two kept, each with a checksum."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with _saving(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "meta"))
+
+    def save(self, step: int, state: Any) -> None:
+        """UserError when there is no space; older states stay."""
+        host = jax.tree.map(np.asarray, jax.device_get(state))
+        with _saving(self.directory / str(step)):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(host), meta=ocp.args.JsonSave({"checksum": _checksum(host)})
+                ),
+            )
+
+    def restore(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
+        """(step, state) of the newest undamaged state with the structure of `like`, None when there is none.
+
+        A damaged one is named through `say` and deleted, so that its step can be saved again.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self._restore_one(step, like)
+            except Exception as error:  # see load_arrays
+                say(f"checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); trying the one before")
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                self._manager.reload()
+        return None
+
+    def _restore_one(self, step: int, like: Any) -> Any:
+        template = jax.tree.map(np.asarray, jax.device_get(like))
+        args = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), template)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(item=template, restore_args=args), meta=ocp.args.JsonRestore()
+            ),
+        )
+        for new, old in zip(jax.tree.leaves(found.state), jax.tree.leaves(template), strict=True):
+            if new.shape != old.shape:
+                raise ValueError(f"an array has shape {new.shape}, expected {old.shape}")
+        if _checksum(found.state) != found.meta["checksum"]:
+            raise ValueError("checksum mismatch")
+        return found.state
+
+    def close(self) -> None:
+        self._manager.close()

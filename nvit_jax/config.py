@@ -1,0 +1,148 @@
+"""The configuration: every key with its default and meaning. Configs in configs/ change a few of them.
+
+Numbers that may be unset are placeholders: `--config.prune.target.macs_ratio=0.5` sets one, `=None` unsets it.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default_config() -> ConfigDict:
+    """All keys. Every stage is handed only the sections it may read, see stages.SECTIONS."""
+    c = ConfigDict()
+    c.seed = 0
+    c.stages = ("pretrain", "latency", "prune", "finetune", "eval", "report")  # what runs without --stage
+    c.model = placeholder(str)  # a model directory to prune instead of the pretrain stage's
+    c.parallel = "jit"  # or "pmap", see nvit_jax/parallel.py
+    c.dtype = "float32"  # of compute in training and evaluation: "float32" or "bfloat16"; saliency is float32
+    c.matmul_precision = placeholder(str)  # training: None is the device's default, else "float32", ...
+
+    c.vit = vit = ConfigDict()  # the model that pretrain makes
+    vit.preset = placeholder(str)  # "deit_tiny", ..., or None; the keys below override it
+    for name in ("image", "patch", "channels", "classes", "embed", "depth", "heads", "mlp", "qk", "v"):
+        vit[name] = placeholder(int)
+    for name in ("registers", "pre_logits"):
+        vit[name] = placeholder(int)
+    for name in ("cls_token", "dist_token", "layer_scale", "norm_after_pool", "qkv_bias"):
+        vit[name] = placeholder(bool)
+    for name in ("positions", "pool", "mean_over", "activation"):
+        vit[name] = placeholder(str)
+    vit.norm_eps = placeholder(float)
+    vit.init_std = 0.02  # of kernels and tokens (DeiT)
+    vit.position_std = 0.02  # of position embeddings
+
+    c.data = ConfigDict()
+    c.data.name = "digits"  # or "npz"
+    c.data.path = placeholder(str)
+
+    c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
+
+    c.latency = ConfigDict()
+    c.latency.batch = 256  # images in the timed batch
+    c.latency.models = 16  # random widths that the latency model is fitted on
+    c.latency.checks = 4  # further ones that only measure its error
+    c.latency.repeats = 15  # timings of each model; the median counts
+
+    c.prune = prune = ConfigDict()
+    prune.criterion = "hvp"  # hvp obd fisher taylor hvp_joint magnitude random
+    prune.mode = "gradual"  # one_shot gradual iterative
+    prune.steps = 8  # prunings of "gradual"
+    prune.interval = 100  # optimizer steps between prunings
+    prune.groups_per_step = 2  # groups removed per pruning of "iterative"
+    prune.ema = 0.0  # momentum of the scores from pruning to pruning (NViT 0.9)
+    prune.score = score = ConfigDict()
+    score.loss = "labels"  # labels, kl (to the unpruned model), mix (the training objective), drawn (labels)
+    score.batch = 256
+    score.batches = 1  # per pruning
+    score.scheme = "part"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), unit (exact)
+    score.probes = 4  # hvp, obd: per part and example
+    score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
+    prune.rule = "per_cost"  # per_cost (score / saving) or eta (score - eta * ms saved)
+    prune.eta = 5e-4
+    prune.align = "per_head"  # or shared: one query/key and value index for all heads of a block (NViT)
+    prune.profile = "cpu"  # group sizes: nvit cpu gpu tpu
+    prune.kinds = ("embed", "head", "qk", "v", "mlp")  # what may be removed
+    prune.protected = ()  # blocks whose units stay
+    prune.floors = ConfigDict({"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
+    prune.target = ConfigDict()  # every one that is set must hold
+    for name in ("latency_ratio", "latency_ms", "macs_ratio", "macs", "params_ratio", "params"):
+        prune.target[name] = placeholder(float)
+    prune.batch = 64
+    prune.learning_rate = 1e-4
+    prune.weight_decay = 0.05
+    prune.clip_norm = placeholder(float)
+    prune.drop_path = 0.0
+    prune.label_weight = 1.0
+    prune.kl_weight = 0.0  # NViT: 1e5, a mean over 1,000 classes; see losses.Objective
+    prune.tau = 3.0
+    prune.log_every = 20
+    prune.save_every = 100
+
+    c.finetune = _training(epochs=300.0, learning_rate=2e-4)
+    c.finetune.kl_weight = 0.0
+    c.finetune.tau = 20.0
+    c.finetune.from_scratch = False  # the pruned dims from random weights
+
+    c.eval = ConfigDict()
+    c.eval.batch = 256
+    c.eval.split = "test"
+
+    c.compare = ()  # criteria to run to the same targets, after the run itself, under W/compare/<criterion>/
+    return c
+
+
+def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
+    c = ConfigDict()
+    c.epochs = epochs
+    c.batch = 64
+    c.learning_rate = learning_rate
+    c.warmup_epochs = 0.0
+    c.final_learning_rate = 0.0
+    c.weight_decay = 0.05
+    c.clip_norm = placeholder(float)
+    c.smoothing = 0.0
+    c.drop_path = 0.0
+    c.dropout = 0.0
+    c.ema = 0.0  # decay of the averaged weights that become the model; 0: the weights themselves
+    c.label_weight = 1.0
+    c.log_every = 20  # steps
+    c.eval_every = 100  # steps, on the val split; a multiple of log_every
+    c.save_every = 100  # steps
+    return c
+
+
+def check_config(c: ConfigDict) -> None:
+    """UserError for a value that no stage could work with. Called once, before anything runs."""
+    from nvit_jax.errors import UserError
+    from nvit_jax.workdir import STAGES
+
+    def need(good: bool, key: str, value: Any, what: str) -> None:
+        if not good:
+            raise UserError(f"config.{key}={value!r}: {what}")
+
+    for stage in c.stages:
+        need(stage in STAGES, "stages", tuple(c.stages), f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
+    need(c.dtype in ("float32", "bfloat16"), "dtype", c.dtype, 'must be "float32" or "bfloat16"')
+    need(c.parallel in ("jit", "pmap"), "parallel", c.parallel, 'must be "jit" or "pmap"')
+    need(c.eval.split in ("train", "val", "test"), "eval.split", c.eval.split, "must be train, val or test")
+    for section in ("pretrain", "finetune"):
+        s = c[section]
+        need(s.epochs > 0, f"{section}.epochs", s.epochs, "must be > 0")
+        need(0 <= s.ema < 1, f"{section}.ema", s.ema, "must be in [0, 1)")
+        need(s.eval_every % s.log_every == 0, f"{section}.eval_every", s.eval_every, "must be a multiple of log_every")
+    for section in ("pretrain", "prune", "finetune"):
+        for key in ("batch", "log_every", "save_every"):
+            need(c[section][key] > 0, f"{section}.{key}", c[section][key], "must be > 0")
+        for key in ("learning_rate", "weight_decay"):
+            need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
+        need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
+    for key in ("batch", "batches", "probes"):
+        need(c.prune.score[key] > 0, f"prune.score.{key}", c.prune.score[key], "must be > 0")
+    for key in ("batch", "models", "repeats"):
+        need(c.latency[key] > 0, f"latency.{key}", c.latency[key], "must be > 0")
+    need(c.eval.batch > 0, "eval.batch", c.eval.batch, "must be > 0")
+    need(
+        c.prune.tau > 0 and c.finetune.tau > 0, "prune.tau, finetune.tau", (c.prune.tau, c.finetune.tau), "must be > 0"
+    )

@@ -1,0 +1,233 @@
+"""Widths of a Vision Transformer, the units that can be removed from it, and what it costs.
+
+Letters, used everywhere: B batch, N tokens, D embed, H heads, Q query/key dim of a head, V value dim of a
+head, M mlp hidden, L blocks, C classes. Compute is in MACs (multiply-accumulates) per image.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from nvit_jax.errors import UserError
+
+KINDS = ("embed", "head", "qk", "v", "mlp")
+_CHOICES = {
+    "positions": ("all", "patches", "none"),
+    "pool": ("class", "mean"),
+    "mean_over": ("patches", "all"),
+    "activation": ("gelu", "gelu_tanh"),
+}
+_MINIMUM = {"registers": 0, "pre_logits": 0}
+
+
+class Units(NamedTuple):
+    """One value per prunable unit: masks (0/1), scores or costs. Arrays over the padded (uniform) widths.
+
+    Blocks narrower than the widest one are padded; a padded unit has mask 0 for ever.
+    With a batch axis for per-sample gates the shapes are [B, D], [L, B, H], [L, B, H, Q], ...
+    """
+
+    embed: Any  # [D]        a channel of the residual stream, tied over the whole model
+    head: Any  # [L, H]
+    qk: Any  # [L, H, Q]
+    v: Any  # [L, H, V]
+    mlp: Any  # [L, M]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTDims:
+    """Every width of an original or pruned model, and every choice that fixes the function it computes.
+
+    Raises UserError when the numbers cannot be a model. `qk_scale` stays at the original Q ** -0.5 after pruning.
+    """
+
+    image: int
+    patch: int
+    channels: int = 3
+    classes: int
+    embed: int
+    heads: tuple[int, ...]  # [L]
+    qk: tuple[int, ...]  # [L]
+    v: tuple[int, ...]  # [L]
+    mlp: tuple[int, ...]  # [L]
+    qk_scale: float
+    cls_token: bool = True
+    dist_token: bool = False  # a second classifier reads it; the two are averaged at evaluation
+    registers: int = 0  # register tokens; they stand behind the class tokens
+    positions: str = "all"  # position embeddings: "all" tokens, "patches" only, or "none"
+    pool: str = "class"  # what the classifier reads: the "class" token(s) or a "mean" of tokens
+    mean_over: str = "patches"  # tokens of the mean: "patches" or "all"
+    norm_after_pool: bool = False  # final LayerNorm behind the pooling instead of before it
+    pre_logits: int = 0  # width of a tanh layer before the classifier, 0 for none
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    activation: str = "gelu"  # "gelu" is exact (erf)
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "qk", "v", "mlp"):
+            widths = getattr(self, name)
+            if len(widths) != len(self.heads) or not widths or min(widths) < 1:
+                raise UserError(f"dims: {name}={widths} must hold one width >= 1 for each of {len(self.heads)} blocks")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < _MINIMUM.get(field.name, 1):
+                raise UserError(f"dims: {field.name}={value} is too small")
+            if field.name in _CHOICES and value not in _CHOICES[field.name]:
+                raise UserError(f"dims: {field.name}={value!r} is not one of {', '.join(_CHOICES[field.name])}")
+        if self.image % self.patch:
+            raise UserError(f"dims: image size {self.image} is not divisible by patch {self.patch}")
+        if self.pool == "class" and not self.cls_token:
+            raise UserError('dims: pool="class" needs cls_token=True; use pool="mean"')
+        if self.dist_token and not (self.cls_token and self.pool == "class"):
+            raise UserError('dims: a distillation token needs a class token and pool="class"')
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        embed: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        qk: int | None = None,
+        v: int | None = None,
+        qk_scale: float | None = None,
+        **other: Any,
+    ) -> Self:
+        """All blocks alike; qk and v default to embed // heads, qk_scale to qk ** -0.5."""
+        if (qk is None or v is None) and embed % heads:
+            raise UserError(f"dims: embed {embed} is not divisible by heads {heads}; give qk and v")
+        qk = embed // heads if qk is None else qk
+        v = embed // heads if v is None else v
+        per_block: dict[str, Any] = {
+            k: (int(w),) * depth for k, w in (("heads", heads), ("qk", qk), ("v", v), ("mlp", mlp))
+        }
+        scale = float(qk) ** -0.5 if qk_scale is None else qk_scale
+        return cls(embed=embed, **per_block, qk_scale=scale, **other)
+
+    @property
+    def depth(self) -> int:
+        return len(self.heads)
+
+    @property
+    def patches(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches: class, distillation, registers."""
+        return self.cls_token + self.dist_token + self.registers
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.patches
+
+    @property
+    def classifiers(self) -> int:
+        return 1 + self.dist_token
+
+    @property
+    def is_uniform(self) -> bool:
+        return all(len(set(widths)) == 1 for widths in (self.heads, self.qk, self.v, self.mlp))
+
+    def padded(self) -> Self:
+        """The uniform dims that hold every block: each width the largest over the blocks."""
+        widest: dict[str, Any] = {k: (max(getattr(self, k)),) * self.depth for k in ("heads", "qk", "v", "mlp")}
+        return dataclasses.replace(self, **widest)
+
+    def unit_shapes(self) -> Units:
+        """Shapes of the arrays of `Units` for this model."""
+        n, h, q, v, m = self.depth, max(self.heads), max(self.qk), max(self.v), max(self.mlp)
+        return Units((self.embed,), (n, h), (n, h, q), (n, h, v), (n, m))
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name for f in dataclasses.fields(cls)}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"dims: unknown field(s) {', '.join(unknown)}")
+        if missing := sorted(required - set(values)):
+            raise UserError(f"dims: missing field(s) {', '.join(missing)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# --------------------------------------------------------------------------------------------------- costs
+
+
+def count_params(dims: ViTDims) -> int:
+    """Number of parameters."""
+    d = dims.embed
+    total = dims.patch**2 * dims.channels * d + d + dims.prefix * d + 2 * d
+    total += {"all": dims.tokens, "patches": dims.patches, "none": 0}[dims.positions] * d
+    for h, q, v, m in zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True):
+        qkv = h * (2 * q + v)
+        total += 4 * d + d * qkv + qkv * dims.qkv_bias + h * v * d + d + 2 * d * m + m + d + 2 * d * dims.layer_scale
+    features = d
+    if dims.pre_logits:
+        total += d * dims.pre_logits + dims.pre_logits
+        features = dims.pre_logits
+    return total + dims.classifiers * (features * dims.classes + dims.classes)
+
+
+def attention_macs(dims: ViTDims, block: int) -> int:
+    """MACs of the attention part of one block: q, k, v, both products, projection."""
+    n, d = dims.tokens, dims.embed
+    h, q, v = dims.heads[block], dims.qk[block], dims.v[block]
+    return n * d * h * (2 * q + v) + n * n * h * (q + v) + n * h * v * d
+
+
+def mlp_macs(dims: ViTDims, block: int) -> int:
+    """MACs of the mlp part of one block."""
+    return 2 * dims.tokens * dims.embed * dims.mlp[block]
+
+
+def count_macs(dims: ViTDims) -> int:
+    """MACs for one image: every matrix product of the model, attention's two included, nothing else."""
+    total = dims.patches * dims.patch**2 * dims.channels * dims.embed
+    total += sum(attention_macs(dims, i) + mlp_macs(dims, i) for i in range(dims.depth))
+    features = dims.embed
+    if dims.pre_logits:
+        total += dims.embed * dims.pre_logits
+        features = dims.pre_logits
+    return total + dims.classifiers * features * dims.classes
+
+
+# ------------------------------------------------------------------------------------------------- presets
+
+_SIZES = {  # embed, depth, heads; mlp is 4 x embed
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+_PRESET = re.compile(r"(deit|vit)_(tiny|small|base|large)(_distilled)?(_384)?")
+
+
+def preset_names() -> list[str]:
+    """Names that `preset` takes."""
+    deit = [f"deit_{s}{d}{r}" for s in ("tiny", "small", "base") for d in ("", "_distilled") for r in ("", "_384")]
+    return deit + [f"vit_{s}{r}" for s in _SIZES for r in ("", "_384")]
+
+
+def preset(name: str, **overrides: Any) -> ViTDims:
+    """Dims of a published model: "deit_base_distilled_384", "vit_large", ... `overrides` as in `ViTDims.uniform`."""
+    match = _PRESET.fullmatch(name)
+    if match is None or name not in preset_names():
+        raise UserError(f"unknown model preset {name!r}; there are {', '.join(preset_names())}")
+    embed, depth, heads = _SIZES[match[2]]
+    values: dict[str, Any] = {
+        "image": 384 if match[4] else 224,
+        "patch": 16,
+        "classes": 1000,
+        "embed": embed,
+        "depth": depth,
+        "heads": heads,
+        "mlp": 4 * embed,
+        "dist_token": bool(match[3]),
+    }
+    return ViTDims.uniform(**(values | overrides))

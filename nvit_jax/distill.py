@@ -1,0 +1,155 @@
+"""Training: one step and one loop for pretraining, for the steps between prunings, and for distillation finetuning."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nvit_jax import models
+from nvit_jax.dims import Units, ViTDims
+from nvit_jax.errors import UserError
+from nvit_jax.groups import Params
+from nvit_jax.losses import Batch, Objective, objective_loss
+from nvit_jax.optim import ema_update
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step. The key never changes: draws fold in the step and the example."""
+
+    step: Any  # int32 []
+    params: Params
+    opt_state: Any
+    average: Params | None  # EMA of params
+    masks: Units | None  # gates of the masked model, None when the model is dense
+    key: Any  # uint32 key data
+
+
+class Inputs(NamedTuple):
+    """What a compiled step takes beside the batch: the state and the unpruned model's parameters."""
+
+    state: TrainState
+    teacher: Any  # Params, or None where the objective needs no teacher
+
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def new_state(
+    params: Params, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False, masks: Units | None = None
+) -> TrainState:
+    """The state before the first step."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), params if ema else None, masks, key)
+
+
+def make_train_step(
+    dims: ViTDims,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    teacher_dims: ViTDims | None = None,
+    dtype: Any = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    ema_decay: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean
+    over the global batch.
+    """
+
+    def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        state = inputs.state
+        keys = None
+        if drop_path or dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        if objective.needs_teacher:
+            assert teacher_dims is not None
+            batch = batch | {"teacher": models.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
+
+        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            logits = models.forward(
+                dims, params, batch["image"], state.masks, keys=keys, dtype=dtype, drop_path=drop_path, dropout=dropout
+            )
+            each, parts = objective_loss(objective, logits, batch)
+            metrics = {"loss": each.mean(), "top1": (logits.mean(1).argmax(-1) == batch["label"]).mean()}
+            return metrics["loss"], metrics | {name: part.mean() for name, part in parts.items()}
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
+        gradient, metrics = mean(gradient), mean(metrics)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None if state.average is None else ema_update(state.average, params, state.step, ema_decay)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
+
+    return step
+
+
+class Monitor(Protocol):
+    """Where a loop reports to."""
+
+    @property
+    def stopping(self) -> bool: ...  # asked to stop: save and leave
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def save(self, step: int, state: Any) -> None: ...
+    def advance(self, step: int, text: str) -> None: ...
+
+
+class Stopped(Exception):
+    """The loop was asked to stop and has saved its state."""
+
+
+def fit(
+    state: TrainState,
+    step_fn: StepFn,
+    stream: Callable[[int], Batch],
+    until: int,
+    monitor: Monitor,
+    *,
+    log_every: int,
+    save_every: int,
+    pack: Callable[[TrainState], Any] = lambda state: state,
+    save_offset: int = 0,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
+) -> TrainState:
+    """Steps from state.step to `until`. What is saved is `pack(state)`, under the number step + save_offset.
+
+    Logged values are those of the logged step alone, so that a resumed run writes the same lines. A loss that is not
+    finite raises UserError with its step before anything is logged or saved after it.
+    """
+    pending: list[tuple[int, dict[str, jax.Array]]] = []
+    for step in range(int(state.step) + 1, until + 1):
+        state, metrics = step_fn(state, stream(step - 1))
+        pending.append((step, metrics))
+        logs, saves = step % log_every == 0 or step == until, step % save_every == 0
+        stopping = monitor.stopping
+        if logs or saves or stopping:
+            _check_losses(pending)
+            pending.clear()
+        if logs:
+            values = {name: float(value) for name, value in metrics.items()}
+            if evaluate is not None and eval_every and (step % eval_every == 0 or step == until):
+                values |= {f"val_{name}": value for name, value in evaluate(state).items()}
+            monitor.log(step, values)
+        monitor.advance(step, f"loss {float(metrics['loss']):.3f}" if logs else "")
+        if saves or stopping:
+            monitor.save(step + save_offset, pack(state))
+        if stopping:
+            raise Stopped(f"stopped at step {step}")
+    return state
+
+
+def _check_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> None:
+    for step, metrics in pending:
+        for name in ("loss", "gradient_norm"):
+            if not np.isfinite(value := float(metrics[name])):
+                raise UserError(
+                    f"the {name.replace('_', ' ')} is {value} at step {step}; the last saved state is kept: "
+                    "lower the learning rate or look at the data, then run again with --force"
+                )

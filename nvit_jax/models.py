@@ -1,0 +1,280 @@
+"""The Vision Transformer, original and pruned, masked and compact: one Linen module and one pure function.
+
+This is the only importer of flax.linen beside teachers. Everybody else calls `forward` and `init`.
+
+Masks are an argument. A gate is differentiable at exactly one place, where it scales weights linearly: embed =
+everything that writes the residual stream, head and v = rows of the output projection, qk = query weight and
+bias, mlp = rows of fc2. In LayerNorm it is a constant: statistics run over the kept channels only.
+"""
+
+import functools
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvit_jax import groups
+from nvit_jax.dims import Units, ViTDims
+from nvit_jax.groups import Params
+
+Dtype = Any
+_STD = 0.02
+_kernel_init = nn.initializers.truncated_normal(_STD)
+
+
+def _wide(dtype: Dtype) -> Dtype:
+    """Statistics, softmax and losses run in at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the kept channels; removed channels come out as 0."""
+
+    eps: float
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array | None) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        y = x.astype(_wide(x.dtype))
+        if gate is None:
+            centred = y - y.mean(-1, keepdims=True)
+            variance = jnp.square(centred).mean(-1, keepdims=True)
+            out = centred * jax.lax.rsqrt(variance + self.eps) * scale + bias
+        else:
+            kept = jax.lax.stop_gradient(gate).astype(y.dtype)[..., None, :]
+            count = kept.sum(-1, keepdims=True)
+            centred = (y - (y * kept).sum(-1, keepdims=True) / count) * kept
+            variance = jnp.square(centred).sum(-1, keepdims=True) / count
+            out = (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias) * kept
+        return out.astype(self.dtype or x.dtype)
+
+
+def _gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """Multiply [B, N, ...units] by a gate [...units] or, per sample, [B, ...units]."""
+    if gate is None:
+        return x
+    return x * (gate if gate.ndim == x.ndim - 2 else gate[:, None]).astype(x.dtype)
+
+
+def _layer_keys(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def _dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+    """Elementwise dropout drawn from one key per example, so that it does not depend on the device count."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _drop_path(x: jax.Array, keys: jax.Array | None, rate: jax.Array | float) -> jax.Array:
+    """Stochastic depth: drop the branch of whole examples."""
+    if keys is None:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+    return jnp.where(keep[:, None, None], x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+class Block(nn.Module):
+    """Attention and mlp, pre-norm. Kernels: q, k [D, H, Q], v [D, H, V], proj [H, V, D], fc1 [D, M], fc2 [M, D]."""
+
+    dims: ViTDims
+    index: int  # whose widths to use; all blocks are alike under a scan
+    dtype: Dtype = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer: jax.Array | int, gates: Units | None, embed: jax.Array | None, keys: Any
+    ) -> tuple[jax.Array, None]:
+        d, i = self.dims, self.index
+        gates = gates if gates is not None else Units(None, None, None, None, None)
+        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_kernel_init)
+        norm = functools.partial(LayerNorm, eps=d.norm_eps, dtype=self.dtype)
+        branch_keys = [None] * 4 if keys is None else [_layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
+        rate = self.drop_path * layer / max(d.depth - 1, 1)
+
+        def write(branch: jax.Array, name: str, path_keys: Any) -> jax.Array:
+            if d.layer_scale:
+                branch = branch * self.param(name, nn.initializers.constant(1e-4), (d.embed,)).astype(branch.dtype)
+            return _gate(_drop_path(branch, path_keys if self.drop_path else None, rate), embed)
+
+        y = norm(name="norm1")(x, embed)
+        q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
+        k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
+        v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", _gate(q, gates.qk) * d.qk_scale, k)
+        weights = jax.nn.softmax(logits.astype(_wide(logits.dtype))).astype(v.dtype)
+        z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
+        z = _gate(z, gates.v)
+        z = z if gates.head is None else _gate(z, gates.head[..., None])
+        y = dense(d.embed, axis=(-2, -1), name="proj")(z)
+        x = x + write(_dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
+
+        y = norm(name="norm2")(x, embed)
+        y = dense(d.mlp[i], name="fc1")(y)
+        y = _gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+        y = dense(d.embed, name="fc2")(y)
+        return x + write(_dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3]), None
+
+
+class ViT(nn.Module):
+    """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token)."""
+
+    dims: ViTDims
+    scan: bool
+    remat: bool = False
+    dtype: Dtype = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+
+    def _stream(self, images: jax.Array) -> jax.Array:
+        """Patch embedding, tokens and positions: [B, N, D]."""
+        d = self.dims
+        shape = (d.patch, d.patch, d.channels, d.embed)
+        kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape))
+        patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=d.patch, q=d.patch)
+        patches, weight, bias = nn.dtypes.promote_dtype(
+            patches, kernel["kernel"].reshape(-1, d.embed), kernel["bias"], dtype=self.dtype
+        )
+        x = patches @ weight + bias
+        tokens = []
+        if d.cls_token:
+            tokens.append(self.param("cls_token", _kernel_init, (d.embed,))[None])
+        if d.dist_token:
+            tokens.append(self.param("dist_token", _kernel_init, (d.embed,))[None])
+        if d.registers:
+            tokens.append(self.param("registers", _kernel_init, (d.registers, d.embed)))
+        if d.positions != "none":
+            count = d.tokens if d.positions == "all" else d.patches
+            positions = self.param("positions", _kernel_init, (count, d.embed)).astype(x.dtype)
+            x = x + positions[count - d.patches :]
+            if d.positions == "all" and tokens:
+                tokens = [jnp.concatenate(tokens).astype(x.dtype) + positions[: d.prefix]]
+        if tokens:
+            prefix = jnp.concatenate(tokens).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (len(x), *prefix.shape)), x], axis=1)
+        return x
+
+    @nn.compact
+    def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
+        d = self.dims
+        embed = None if masks is None else masks.embed
+        x = _gate(self._stream(images), embed)
+        x = _dropout(x, None if keys is None else _layer_keys(keys, 0), self.dropout)
+
+        block = functools.partial(Block, d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
+        gates = None if masks is None else masks._replace(embed=None)
+        if self.scan:
+            inner = nn.remat(Block, prevent_cse=False) if self.remat else Block
+            blocks = nn.scan(
+                inner,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                length=d.depth,
+            )(d, 0, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout, name="blocks")
+            x, _ = blocks(x, jnp.arange(d.depth), gates, embed, keys)
+        else:
+            for i in range(d.depth):
+                x, _ = block(i, name=f"block_{i}")(x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys)
+
+        norm = LayerNorm(eps=d.norm_eps, dtype=self.dtype, name="norm")
+        if not d.norm_after_pool:
+            x = norm(x, embed)
+        if d.pool == "mean":
+            x = x[:, d.prefix if d.mean_over == "patches" else 0 :].mean(1, keepdims=True)
+        else:
+            x = x[:, : d.classifiers]
+        if d.norm_after_pool:
+            x = norm(x, embed)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
+        if d.pre_logits:
+            x = jnp.tanh(dense(d.pre_logits, name="pre_logits")(x))
+        logits = [dense(d.classes, name=n)(x[:, i]) for i, n in enumerate(("head", "head_dist")[: d.classifiers])]
+        return jnp.stack(logits, axis=1)
+
+
+def _patch_embed(key: jax.Array, shape: tuple[int, ...]) -> Params:
+    fan_in = shape[0] * shape[1] * shape[2]
+    kernel = nn.initializers.lecun_normal()(key, (fan_in, shape[3])).reshape(shape)
+    return {"kernel": kernel, "bias": jnp.zeros(shape[3:])}
+
+
+def stack_blocks(params: Params) -> Params:
+    """{"block_0": ..., "block_1": ...} -> {"blocks": leaves with a leading axis [L]}, narrow blocks padded with 0."""
+    blocks = [params[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in params))]
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        shape = [max(sizes) for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)]
+        padded = [jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in leaves]
+        return jnp.stack(padded)
+
+    rest = {name: value for name, value in params.items() if not name.startswith("block_")}
+    return rest | {"blocks": jax.tree.map(stack, *blocks)}
+
+
+def forward(
+    dims: ViTDims,
+    params: Params,
+    images: Any,
+    masks: Units | None = None,
+    *,
+    keys: jax.Array | None = None,
+    dtype: Dtype = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    remat: bool = False,
+    unroll: bool = False,
+) -> jax.Array:
+    """Logits [B, T, C] of images [B, image, image, channels]; T classifiers, to be averaged at evaluation.
+
+    Args:
+      params: the per-block layout of `init`; compact (possibly ragged) widths as in `dims`.
+      masks: gates over the padded widths, or None. With a leading batch axis ([B, D], [L, B, H], ...) they are
+        per sample. A masked model, and a uniform one, runs its blocks under one scan; a ragged compact one does not.
+      keys: one random key per example [B] for dropout and stochastic depth; None means evaluation.
+      dtype: compute type (parameters keep theirs); None computes in the parameters' type.
+      drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
+      remat: recompute the blocks in the backward pass.
+      unroll: never scan.
+    """
+    scan = not unroll and (masks is not None or dims.is_uniform)
+    module = ViT(
+        dims.padded() if scan else dims, scan=scan, remat=remat, dtype=dtype, drop_path=drop_path, dropout=dropout
+    )
+    return module.apply({"params": stack_blocks(params) if scan else params}, images, masks, keys)  # type: ignore[return-value]
+
+
+def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: float = 0.02) -> Params:
+    """Random float32 parameters in the per-block layout.
+
+    Kernels and tokens are truncated normal with `std` (DeiT: 0.02, right for wide models; a narrow one learns
+    faster with more), positions with `position_std`; patches come out of their embedding with the images' own scale.
+    """
+    images = jnp.zeros((1, dims.image, dims.image, dims.channels))
+    module = ViT(dims, scan=dims.is_uniform)
+    params = jax.jit(lambda key: module.init(key, images)["params"])(key)
+    if dims.is_uniform:
+        stacked = params.pop("blocks")
+        params |= {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(dims.depth)}
+    leaves = dict(groups.flatten(params))
+    for path in leaves:
+        if path == "positions":
+            leaves[path] *= position_std / _STD
+        elif path.endswith("kernel") and path != "patch_embed/kernel":
+            leaves[path] *= std / _STD
+    return groups.unflatten(leaves)
+
+
+def shapes(dims: ViTDims) -> Params:
+    """Shapes and types of the parameters (jax.ShapeDtypeStruct), in the per-block layout."""
+    images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
+    module = ViT(dims, scan=False)
+    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)

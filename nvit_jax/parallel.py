@@ -1,0 +1,87 @@
+"""Data parallelism over all devices of all processes: one step function, two backends with the same numbers.
+
+A step is written once as `step(state, batch, mean) -> (state, metrics)`; the state is replicated, the batch sharded.
+  "jit":  NamedSharding on a 1-D mesh named "data". Losses are means over the global batch and XLA puts in the
+          all-reduce; `mean` is the identity. The default, and what several hosts use.
+  "pmap": the same step for each device's shard; `mean` is one explicit pmean over the axis "data". One host.
+Random draws use keys folded from batch["index"], the place in the global batch, so that both draw the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nvit_jax.errors import UserError
+
+AXIS = "data"
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _pmean(tree: Any) -> Any:
+    return jax.lax.pmean(tree, AXIS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How batches are laid out and steps compiled. `devices` defaults to all devices of all processes."""
+
+    backend: str
+    devices: tuple[jax.Device, ...]
+
+    @classmethod
+    def create(cls, backend: str = "jit", devices: tuple[jax.Device, ...] | None = None) -> "Parallel":
+        if backend not in ("jit", "pmap"):
+            raise UserError(f'config.parallel={backend!r} is not "jit" or "pmap"')
+        if backend == "pmap" and jax.process_count() > 1:
+            raise UserError('config.parallel="pmap" runs on one host; use "jit" on several')
+        return cls(backend, tuple(jax.devices()) if devices is None else devices)
+
+    def check_batch(self, size: int, name: str) -> None:
+        """UserError unless a global batch divides over the devices."""
+        if size % len(self.devices):
+            raise UserError(f"{name}={size} does not divide over {len(self.devices)} devices")
+
+    def local_rows(self, size: int) -> slice:
+        """The rows of a global batch that this process provides."""
+        each = size // jax.process_count()
+        return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), spec)
+
+    def shard(self, batch: Any) -> Any:
+        """Host rows of this process -> what a compiled step takes."""
+        if self.backend == "pmap":
+            n = len(self.devices)
+            return jax.tree.map(lambda x: x.reshape(n, len(x) // n, *x.shape[1:]), batch)
+        sharding = self._sharding(PartitionSpec(AXIS))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def replicate(self, tree: Any) -> Any:
+        """Host values, the same on every process -> every device."""
+        if self.backend == "pmap":
+            return tree
+        sharding = self._sharding(PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile `step(state, batch, mean=...)`; everything that it returns is replicated."""
+        if self.backend == "pmap":
+            return jax.pmap(
+                lambda state, batch: step(state, batch, mean=_pmean),
+                axis_name=AXIS,
+                in_axes=(None, 0),
+                out_axes=None,
+                devices=list(self.devices),
+            )
+        whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
+        return jax.jit(
+            lambda state, batch: step(state, batch, mean=_same), in_shardings=(whole, parts), out_shardings=whole
+        )

@@ -1,0 +1,270 @@
+"""Criteria: how much the loss cares about each unit. Pure functions (loss, params, masks, batch, key) -> Units.
+
+A criterion knows no model and no data. `loss(params, masks, batch)` returns per-example losses [B] and must accept
+gates with a batch axis (Units of [B, D], [L, B, H], ...). `mean` averages over the shards of the batch where the
+caller runs one program per device (pmap); it is applied before any square or product, as the mathematics asks.
+Scores of removed units are 0.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvit_jax import groups
+from nvit_jax.dims import KINDS, Units
+from nvit_jax.errors import UserError
+from nvit_jax.groups import Params
+from nvit_jax.losses import Batch
+from nvit_jax.masks import normalize, unit_name
+
+Loss = Callable[[Params, Units, Batch], jax.Array]
+Mean = Callable[[Any], Any]
+SCHEMES = ("all", "kind", "block", "part", "unit")
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _per_sample(masks: Units, size: int) -> Units:
+    """Gates with a batch axis: [B, D], [L, B, H], ..."""
+    rest = (jnp.broadcast_to(m[:, None], (m.shape[0], size, *m.shape[1:])) for m in masks[1:])
+    return Units(jnp.broadcast_to(masks.embed, (size, *masks.embed.shape)), *rest)
+
+
+def _batch_mean(units: Units) -> Units:
+    """Mean over the batch axis of per-sample gates."""
+    return Units(units.embed.mean(0), *(u.mean(1) for u in units[1:]))
+
+
+def _probe_parts(masks: Units, scheme: str) -> tuple[Units, int]:
+    """The part each unit belongs to, and the number of parts: probes are confined to one part at a time.
+
+    "all": one part. "kind": one for each kind. "block": embed, and one for each block. "part": embed, and one for
+    each kind in each block. "unit": each unit its own, which makes the estimate exact.
+    """
+    depth = masks.head.shape[0]
+    if scheme == "unit":
+        starts = np.cumsum([0] + [m.size for m in masks])
+        parts = [np.arange(m.size).reshape(m.shape) + s for m, s in zip(masks, starts, strict=False)]
+        return Units(*parts), int(starts[-1])
+    if scheme not in SCHEMES:
+        raise UserError(f"saliency: unknown probing scheme {scheme!r}; there are {', '.join(SCHEMES)}")
+    parts = []
+    for k, mask in enumerate(masks):
+        block = np.arange(depth).reshape((-1,) + (1,) * (mask.ndim - 1)) if k else np.zeros((1,), int)
+        own = {"all": 0 * block, "kind": 0 * block + k, "block": block + (k > 0), "part": 4 * block + k}[scheme]
+        parts.append(np.broadcast_to(own, mask.shape))
+    return Units(*parts), {"all": 1, "kind": 5, "block": 1 + depth, "part": 1 + 4 * depth}[scheme]
+
+
+def _curvature(
+    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array, scheme: str, probes: int, mean: Mean
+) -> tuple[Units, Units]:
+    """Gradient and diagonal curvature of the mean loss in the gates: (dl/dm_i, estimate of H_ii).
+
+    Every example has its own gates and its own Rademacher probe. The Hessian of the summed loss is then block
+    diagonal, so that ONE Hessian-vector product gives B independent estimates v_i (H_x v)_i, which are averaged.
+    """
+    masks = normalize(masks)
+    size = len(batch["label"])
+    gates = _per_sample(masks, size)
+    parts, count = _probe_parts(masks, scheme)
+
+    def gradient(gates: Units) -> Units:
+        return jax.grad(lambda g: loss(params, g, batch).sum())(gates)
+
+    first, product = jax.linearize(gradient, gates)  # v -> H v: jvp of grad, its primal part computed once
+
+    def probe(total: Units, step: jax.Array) -> tuple[Units, None]:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, step), i))(batch["index"])
+
+        def draw(k: int, mask: jax.Array, part: np.ndarray) -> jax.Array:
+            axis = min(k, 1)  # [B, D] for embed, [L, B, ...] for the kinds of a block
+            signs = jax.vmap(
+                lambda key: jax.random.rademacher(jax.random.fold_in(key, k), mask.shape, mask.dtype), out_axes=axis
+            )(keys)
+            return signs * jnp.expand_dims(mask * (part == step % count), axis)
+
+        v = Units(*(draw(k, m, p) for k, (m, p) in enumerate(zip(masks, parts, strict=True))))
+        return jax.tree.map(lambda t, v, hv: t + v * hv, total, v, product(v)), None
+
+    zero = jax.tree.map(jnp.zeros_like, gates)
+    total, _ = jax.lax.scan(probe, zero, jnp.arange(count * probes))
+    curvature = jax.tree.map(lambda t: t / probes, mean(_batch_mean(total)))
+    return mean(_batch_mean(first)), curvature
+
+
+def hvp(
+    loss: Loss,
+    params: Params,
+    masks: Units,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    scheme: str = "part",
+    probes: int = 1,
+    mean: Mean = _same,
+) -> Units:
+    """v_i (H v)_i averaged over probes v: an unbiased estimate of H_ii = w_S' H_SS w_S, the curvature of unit i alone.
+
+    H is the Hessian of the mean loss in the gates, H v = jvp(grad(l)) (NViT equation 1 with the exact product in
+    place of finite differences).
+    """
+    _, curvature = _curvature(loss, params, masks, batch, key, scheme, probes, mean)
+    return _masked(curvature, masks)
+
+
+def obd(
+    loss: Loss,
+    params: Params,
+    masks: Units,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    scheme: str = "part",
+    probes: int = 1,
+    mean: Mean = _same,
+) -> Units:
+    """-dl/dm_i + H_ii / 2: the loss change of removing unit i (m_i from 1 to 0), to second order."""
+    first, curvature = _curvature(loss, params, masks, batch, key, scheme, probes, mean)
+    return _masked(jax.tree.map(lambda g, h: h / 2 - g, first, curvature), masks)
+
+
+def fisher(
+    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, mean: Mean = _same
+) -> Units:
+    """Mean over examples of (dl_x/dm_i)^2, from one backward pass: the gates have a batch axis.
+
+    With data labels the empirical Fisher; with labels drawn from the unpruned model (`losses.draw_labels`) the
+    Gauss-Newton diagonal.
+    """
+    gates = _per_sample(normalize(masks), len(batch["label"]))
+    gradient = jax.grad(lambda g: loss(params, g, batch).sum())(gates)
+    return _masked(mean(_batch_mean(jax.tree.map(jnp.square, gradient))), masks)
+
+
+def hvp_joint(
+    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, mean: Mean = _same
+) -> Units:
+    """m_i (H m)_i: curvature with all cross terms, one product. An ablation; poor alone."""
+    masks = normalize(jax.tree.map(jnp.asarray, masks))
+    gradient = jax.grad(lambda g: loss(params, g, batch).mean())
+    return _masked(mean(jax.jvp(gradient, (masks,), (masks,))[1]), masks)
+
+
+# The weights that the released NViT counts for a unit, and the constants it divides the sum by ("method 23").
+_TAYLOR = {
+    "embed": (
+        "patch_embed/kernel",
+        "patch_embed/bias",
+        "q/kernel",
+        "k/kernel",
+        "v/kernel",
+        "proj/kernel",
+        "proj/bias",
+        "fc1/kernel",
+        "fc2/kernel",
+        "fc2/bias",
+    ),
+    "head": ("q/kernel", "q/bias", "k/kernel", "k/bias", "v/kernel", "v/bias"),
+    "qk": ("q/kernel", "q/bias"),
+    "v": ("v/kernel", "v/bias"),
+    "mlp": ("fc1/kernel", "fc1/bias"),
+}
+_TAYLOR_DIVISOR = {"embed": 12, "head": 12, "qk": 2, "v": 2, "mlp": 1}
+
+
+def _sum_units(values: Params, masks: Units, keep: Callable[[str, str], bool]) -> Units:
+    """Sum parameter-shaped values over the entries of each unit, over the parameters for which keep(kind, name)."""
+    sums = {kind: [jnp.zeros(s.shape, jnp.float32) for s in ([m] if not i else m)] for i, (kind, m) in _kinds(masks)}
+    for path, leaf in groups.flatten(values):
+        axes, block = groups.axes_of(path, pre_logits="pre_logits" in values), groups.block_of(path)
+        name = path if block is None else path.split("/", 1)[1]
+        for kind in KINDS:
+            if kind in axes and keep(kind, name):
+                total = groups.reduce(leaf, axes, kind)
+                place = 0 if kind == "embed" or block is None else block
+                slot = sums[kind][place]
+                sums[kind][place] = slot.at[tuple(slice(0, n) for n in total.shape)].add(total)
+    return Units(sums["embed"][0], *(jnp.stack(sums[kind]) for kind in KINDS[1:]))
+
+
+def _kinds(masks: Units) -> list[tuple[int, tuple[str, Any]]]:
+    return list(enumerate(zip(KINDS, masks, strict=True)))
+
+
+def taylor(
+    loss: Loss,
+    params: Params,
+    masks: Units,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    align: str = "per_head",
+    mean: Mean = _same,
+) -> Units:
+    """(sum of w * dl/dw over a unit's weights / divisor)^2: the criterion of the released NViT (equation 6).
+
+    align="shared" (the released code): one query/key or value index for all heads of a block, summed over the
+    heads before squaring; each live head then carries an equal part of the score.
+    """
+    gradient = mean(jax.grad(lambda p: loss(p, masks, batch).mean())(params))
+    products = jax.tree.map(jnp.multiply, params, gradient)
+    sums = _sum_units(products, masks, lambda kind, name: name in _TAYLOR[kind])
+    if align == "shared":
+        live = masks.head.sum(-1)[:, None, None]
+        qk, v = (jnp.broadcast_to(s.sum(1, keepdims=True) / jnp.sqrt(live), s.shape) for s in (sums.qk, sums.v))
+        sums = sums._replace(qk=qk, v=v)
+    return _masked(Units(*(jnp.square(s / _TAYLOR_DIVISOR[k]) for _, (k, s) in _kinds(sums))), masks)
+
+
+def magnitude(
+    loss: Loss | None, params: Params, masks: Units, batch: Batch | None = None, key: jax.Array | None = None, **_: Any
+) -> Units:
+    """Sum of squares of all kernel entries that go with a unit. A baseline."""
+    squares = jax.tree.map(jnp.square, params)
+    return _masked(_sum_units(squares, masks, lambda kind, name: name.endswith("kernel")), masks)
+
+
+def random(loss: Loss | None, params: Params, masks: Units, batch: Batch | None, key: jax.Array, **_: Any) -> Units:
+    """Uniform noise from `key`. A baseline."""
+    draws = (jax.random.uniform(jax.random.fold_in(key, i), m.shape) for i, m in enumerate(masks))
+    return _masked(Units(*draws), masks)
+
+
+CRITERIA: dict[str, Callable[..., Units]] = {
+    "hvp": hvp,
+    "obd": obd,
+    "fisher": fisher,
+    "taylor": taylor,
+    "hvp_joint": hvp_joint,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+
+def criterion(name: str, **options: Any) -> Callable[..., Units]:
+    """A criterion by name with its options bound: `scheme`, `probes` (hvp, obd), `align` (taylor)."""
+    if name not in CRITERIA:
+        raise UserError(f"unknown criterion {name!r}; there are {', '.join(CRITERIA)}")
+    return functools.partial(CRITERIA[name], **options)
+
+
+def _masked(scores: Units, masks: Units) -> Units:
+    return jax.tree.map(jnp.multiply, scores, normalize(masks))
+
+
+def check_finite(scores: Units) -> None:
+    """FloatingPointError that names the first unit whose score is not finite."""
+    for kind, values in zip(KINDS, scores, strict=True):
+        bad = np.argwhere(~np.isfinite(np.asarray(values)))
+        if len(bad):
+            raise FloatingPointError(
+                f"saliency: the score of {unit_name(kind, tuple(int(i) for i in bad[0]))} is not finite "
+                f"({len(bad)} {kind} unit(s) in all)"
+            )

@@ -1,0 +1,89 @@
+"""The stages of a run: each reads what earlier ones left in the workdir, does its work once, and writes its files."""
+
+import pathlib
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import nvit_jax
+from nvit_jax.checkpoint import write_json
+from nvit_jax.errors import UserError
+from nvit_jax.latency import device_name
+from nvit_jax.stages import measure, prune, train
+from nvit_jax.stages.common import Run
+from nvit_jax.workdir import StageDir, check_workdir, flatten_config
+
+_COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
+SECTIONS = {  # the config sections that a stage is handed, and so the keys that it is redone for
+    "pretrain": (*_COMMON, "vit", "pretrain"),
+    "latency": ("model", "dtype", "latency", "prune.profile"),
+    "prune": (*_COMMON, "prune", "latency"),
+    "finetune": (*_COMMON, "finetune"),
+    "eval": ("model", "data", "parallel", "dtype", "latency", "eval"),
+    "report": (),
+}
+
+FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "pretrain": train.pretrain,
+    "latency": measure.measure_latency,
+    "prune": prune.prune_model,
+    "finetune": train.finetune,
+    "eval": measure.evaluate_models,
+    "report": measure.make_report,
+}
+_INPUTS = {  # the stages whose results a stage reads where they exist
+    "pretrain": (),
+    "latency": ("pretrain",),
+    "prune": ("pretrain", "latency"),
+    "finetune": ("pretrain", "prune"),
+    "eval": ("pretrain", "prune", "finetune"),
+    "report": ("pretrain", "latency", "prune", "finetune", "eval"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- run
+
+
+def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool = False) -> None:
+    """Run stages in order. A finished one says so and is left alone; see StageDir.begin."""
+    check_workdir(workdir)
+    for name in names:
+        if name not in FUNCTIONS:
+            raise UserError(f"unknown stage {name!r}; there are {', '.join(FUNCTIONS)}")
+    _write_config(config, workdir)
+    for name in names:
+        run_stage(config, workdir, name, force=force)
+
+
+def run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: bool) -> None:
+    stage = StageDir(workdir, name, main=jax.process_index() == 0)
+    handed = _sections(config, SECTIONS[name])
+    inputs = {other: StageDir(workdir, other).id() for other in _INPUTS[name] if StageDir(workdir, other).done()}
+    if not stage.begin(flatten_config(handed), inputs, force=force):
+        stage.say("finished before; --force redoes it")
+        return
+    stage.finish(FUNCTIONS[name](Run(handed, stage, workdir)))
+
+
+def _sections(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
+    out = ConfigDict()
+    for name in names:
+        node, source = out, config
+        *parents, last = name.split(".")
+        for parent in parents:
+            source = source[parent]
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
+        node[last] = source[last]
+    return out
+
+
+def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    versions = {"python": platform.python_version(), "jax": jax.__version__, "nvit_jax": nvit_jax.__version__}
+    if jax.process_index() == 0:
+        resolved = {"config": flatten_config(config), "versions": versions, "device": device_name()}
+        write_json(workdir / "config.json", resolved)

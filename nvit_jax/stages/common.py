@@ -1,0 +1,92 @@
+"""What the stages share: what one is handed, where it finds its inputs, and the section-driven training loop."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import nvit_jax
+from nvit_jax import data, models
+from nvit_jax.dims import ViTDims
+from nvit_jax.errors import UserError
+from nvit_jax.evaluate import evaluate, make_eval_step
+from nvit_jax.parallel import Parallel
+from nvit_jax.workdir import StageDir
+
+
+@dataclasses.dataclass
+class Run:
+    """What every stage is handed: its own directory, the sections of the config that it may read, the workdir."""
+
+    config: ConfigDict
+    stage: StageDir
+    workdir: pathlib.Path
+
+    def other(self, name: str) -> StageDir:
+        return StageDir(self.workdir, name)
+
+
+def dense_dir(run: Run) -> pathlib.Path:
+    """The model to prune: config.model, else what pretrain made."""
+    if run.config.model:
+        return pathlib.Path(run.config.model)
+    if not run.other("pretrain").done():
+        raise UserError(
+            f"{run.stage.name} needs a model: run --stage pretrain first (nothing finished in {run.workdir / 'pretrain'}), "
+            "or set --config.model=MODEL_DIR"
+        )
+    return run.workdir / "pretrain" / "model"
+
+
+def need(run: Run, name: str) -> StageDir:
+    """A finished stage, or UserError."""
+    stage = run.other(name)
+    if not stage.done():
+        raise UserError(f"{run.stage.name} needs {stage.path}: run --stage {name} first")
+    return stage
+
+
+def load_data(run: Run, dims: ViTDims) -> data.Dataset:
+    """The configured source, checked against the model."""
+    dataset = data.load_dataset(run.config.data.name, run.config.data.path)
+    data.check_fits(dataset, dims.image, dims.channels, dims.classes)
+    return dataset
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """Of training and evaluation."""
+    return jnp.dtype(config.dtype)
+
+
+def evaluator(
+    dims: ViTDims, dataset: data.Dataset, split: str, parallel: Parallel, batch: int, dtype: Any
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """(params, masks) -> top1, top5, loss, images on one split."""
+    batch = -(-min(batch, len(dataset.splits[split])) // len(parallel.devices)) * len(parallel.devices)
+    step = make_eval_step(lambda s, images: models.forward(dims, s[0], images, s[1], dtype=dtype), parallel)
+
+    def run(params: Any, masks: Any) -> dict[str, Any]:
+        rows = parallel.local_rows(batch)
+        return evaluate(
+            step, (params, masks), data.eval_batches(dataset.splits[split], dataset.preprocessing, batch, rows)
+        )
+
+    return run
+
+
+def model_info(dataset: data.Dataset, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What model.json says beside the dims."""
+    return {
+        "preprocessing": dataset.preprocessing.to_json(),
+        "classes": list(dataset.classes),
+        "provenance": {"nvit_jax": nvit_jax.__version__} | dict(provenance),
+    }
+
+
+def matmul_precision(config: ConfigDict) -> Any:
+    """Context of training; saliency has its own."""
+    return jax.default_matmul_precision(config.matmul_precision)

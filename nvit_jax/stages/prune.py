@@ -1,0 +1,199 @@
+"""prune: score, rank, mask and train until the targets hold; cut the masks out; check and measure the result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nvit_jax import data, distill, latency, models, optim, prune, ranking, saliency
+from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.checkpoint import read_json
+from nvit_jax.dims import Units, ViTDims, count_macs, count_params
+from nvit_jax.errors import UserError
+from nvit_jax.losses import Objective
+from nvit_jax.masks import full_masks
+from nvit_jax.parallel import Parallel
+from nvit_jax.reshape import reshape
+from nvit_jax.stages.common import (
+    Run,
+    compute_dtype,
+    dense_dir,
+    evaluator,
+    load_data,
+    matmul_precision,
+    model_info,
+)
+from nvit_jax.workdir import STAGES
+
+
+def _policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
+    return ranking.Policy(
+        sizes=ranking.group_sizes(p.profile),
+        floors=dict(p.floors),
+        kinds=tuple(p.kinds),
+        protected=tuple(p.protected),
+        align=p.align,
+        rule=p.rule,
+        eta=p.eta,
+        latency=predict_ms,
+    )
+
+
+def _criterion(p: ConfigDict) -> Callable[..., Any]:
+    options: dict[str, Any] = {}
+    if p.criterion in ("hvp", "obd"):
+        options = {"scheme": p.score.scheme, "probes": p.score.probes}
+    elif p.criterion == "taylor":
+        options = {"align": p.align}
+    return saliency.criterion(p.criterion, **options)
+
+
+def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
+    stage = run.other("latency")
+    if not stage.done():
+        return None
+    metrics = read_json(stage.path / "metrics.json")
+    model = latency.LatencyModel.from_json(metrics["model"])
+    if ViTDims.from_json(metrics["dims"]) != dims:
+        raise UserError(f"{stage.path} was measured for another model; redo it with --stage latency --force")
+    if model.device != latency.device_name():
+        run.stage.say(f"warning: latency was measured on {model.device}, this is {latency.device_name()}")
+    return model
+
+
+def prune_model(run: Run) -> dict[str, Any]:
+    """Score, rank, mask and train until the targets hold; cut the masks out; check and measure the compact model."""
+    c, p, stage = run.config, run.config.prune, run.stage
+    dense = load_model(dense_dir(run))
+    dims = dense.dims
+    dataset = load_data(run, dims)
+    predict = _latency_model(run, dims)
+    policy = _policy(p, predict)
+    targets = ranking.make_targets(dict(p.target), dims, predict)
+    ranking.check_reachable(dims, policy, targets)
+    plan = prune.Plan(mode=p.mode, interval=p.interval, steps=p.steps, groups_per_step=p.groups_per_step, ema=p.ema)
+    state = _prune(run, dense, dataset, policy, targets, plan, predict)
+
+    masks = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
+    params = jax.device_get(state.train.params)
+    compact_dims, compact = reshape(params, masks, dims)
+    images = dataset.preprocessing(dataset.splits["val"].images[:64])
+    with jax.default_matmul_precision("float32"):
+        masked_logits = np.asarray(models.forward(dims, params, images, masks))
+        compact_logits = np.asarray(models.forward(compact_dims, compact, images))
+    difference = float(np.abs(masked_logits - compact_logits).max())
+    if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
+        raise RuntimeError(f"the compact model differs from the masked one by {difference}")
+    info = model_info(
+        dataset, {"stage": "prune", "criterion": p.criterion, "from": str(dense_dir(run)), "seed": c.seed}
+    )
+    save_model(stage.path / "masked", Model(dims, params, masks, info))
+    save_model(stage.path / "model", Model(compact_dims, compact, info=info))
+
+    dense_ms, compact_ms = latency.measure(
+        [dims, compact_dims], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
+    )
+    predicted = predict(compact_dims) if predict else None
+    result = {
+        "criterion": p.criterion,
+        "target": {t.name: p.target[t.name] for t in targets},
+        "latency_ratio": compact_ms / dense_ms,
+        "predicted_latency_ratio": predicted / predict(dims) if predict and predicted else None,
+        "macs_ratio": count_macs(compact_dims) / count_macs(dims),
+        "params_ratio": count_params(compact_dims) / count_params(dims),
+        "predicted_latency_ms": predicted,
+        "measured_latency_ms": compact_ms,
+        "dense_latency_ms": dense_ms,
+        "masked_vs_compact_max_abs_diff": difference,
+        "dims": compact_dims.to_json(),
+        "seconds": stage.seconds(),
+    }
+    stage.say(
+        f"{p.criterion}: MACs x{result['macs_ratio']:.3f}, params x{result['params_ratio']:.3f}, latency "
+        + (f"predicted x{result['predicted_latency_ratio']:.3f}, " if predict else "")
+        + f"measured x{result['latency_ratio']:.3f}, {int(state.prunings)} prunings, {stage.seconds():.0f} s"
+    )
+    return result
+
+
+def _prune(
+    run: Run,
+    dense: Model,
+    dataset: data.Dataset,
+    policy: ranking.Policy,
+    targets: list[ranking.Target],
+    plan: prune.Plan,
+    predict: latency.LatencyModel | None,
+) -> prune.PruneState:
+    c, p, stage, dims = run.config, run.config.prune, run.stage, dense.dims
+    parallel = Parallel.create(c.parallel)
+    for name, size in (("prune.batch", p.batch), ("prune.score.batch", p.score.batch)):
+        parallel.check_batch(size, f"config.{name}")
+    number = STAGES.index(stage.name)
+    train_split, preprocess = dataset.splits["train"], dataset.preprocessing
+    stream = data.train_stream(train_split, preprocess, p.batch, (c.seed, number, 0), parallel.local_rows(p.batch))
+    score_stream = data.train_stream(
+        train_split, preprocess, p.score.batch, (c.seed, number, 1), parallel.local_rows(p.score.batch)
+    )
+    objective = Objective(label_weight=p.label_weight, kl_weight=p.kl_weight, tau=p.tau)
+    optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
+    train_step = parallel.compile(
+        distill.make_train_step(
+            dims, optimizer, objective, teacher_dims=dims, dtype=compute_dtype(c), drop_path=p.drop_path
+        )
+    )
+    score_step = parallel.compile(
+        prune.make_score_step(
+            dims, _criterion(p), p.score.loss, objective, at_dense=True, name=p.criterion, remat=p.score.remat
+        )
+    )
+    masks = full_masks(dims) if dense.masks is None else dense.masks
+    state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
+    if (found := stage.saver.restore(state, stage.say)) is not None:
+        restored = found[1]
+        state = prune.PruneState(distill.TrainState(*restored[0]), Units(*restored[1]), *restored[2:])
+        stage.say(f"resumes at step {int(state.train.step)} after {int(state.prunings)} prunings")
+    first, prunings = int(state.train.step), int(state.prunings)
+    stage.cut_back("log.jsonl", lambda line: line["step"] <= first)
+    stage.cut_back("history.jsonl", lambda line: line["pruning"] <= prunings)
+    teacher = parallel.replicate(dense.params)
+    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c))
+
+    def score(train: distill.TrainState, pruning: int) -> Any:
+        total: Any = None
+        for i in range(p.score.batches):
+            batch = parallel.shard(score_stream(pruning * p.score.batches + i))
+            part = jax.tree.map(lambda s: np.asarray(s, np.float64), score_step(distill.Inputs(train, teacher), batch))
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        return jax.tree.map(lambda s: s / p.score.batches, total)
+
+    def train(state: prune.PruneState, until: int) -> distill.TrainState:
+        return distill.fit(
+            parallel.replicate(state.train),
+            lambda s, batch: train_step(distill.Inputs(s, teacher), parallel.shard(batch)),
+            stream,
+            until,
+            stage,
+            log_every=p.log_every,
+            save_every=p.save_every,
+            pack=lambda trained: state._replace(train=trained),
+            save_offset=int(state.prunings),
+        )
+
+    total = (plan.steps - 1) * plan.interval if plan.mode == "gradual" else None
+    with matmul_precision(c), stage.progress(total, first):
+        return prune.prune_loop(
+            state,
+            dims=dims,
+            plan=plan,
+            policy=policy,
+            targets=targets,
+            score=score,
+            train=train,
+            monitor=stage,
+            evaluate=lambda s: val(parallel.replicate(s.params), parallel.replicate(s.masks)),
+            predict_ms=predict,
+            record=stage.history,
+        )

@@ -1,0 +1,138 @@
+"""pretrain and finetune: one training run from a config section, resumed from its saved state."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from nvit_jax import data, distill, models, optim
+from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.dims import ViTDims, count_macs, count_params, preset
+from nvit_jax.errors import UserError
+from nvit_jax.losses import Objective
+from nvit_jax.parallel import Parallel
+from nvit_jax.stages.common import (
+    Run,
+    compute_dtype,
+    dense_dir,
+    evaluator,
+    load_data,
+    matmul_precision,
+    model_info,
+    need,
+)
+from nvit_jax.workdir import STAGES
+
+
+def _dims_from_config(vit: ConfigDict) -> ViTDims:
+    values = {k: v for k, v in vit.items() if v is not None and k not in ("preset", "init_std", "position_std")}
+    if vit.preset:
+        return preset(vit.preset, **values)
+    needed = ("image", "patch", "classes", "embed", "depth", "heads", "mlp")
+    if missing := [k for k in needed if k not in values]:
+        raise UserError(f"config.vit: set {', '.join(missing)}, or config.vit.preset")
+    return ViTDims.uniform(**values)
+
+
+def _fit_stage(
+    run: Run,
+    section: ConfigDict,
+    dims: ViTDims,
+    params: Any,
+    dataset: data.Dataset,
+    objective: Objective,
+    teacher: Model | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics."""
+    config, stage = run.config, run.stage
+    parallel = Parallel.create(config.parallel)
+    parallel.check_batch(section.batch, f"config.{stage.name}.batch")
+    split = dataset.splits["train"]
+    stream = data.train_stream(
+        split,
+        dataset.preprocessing,
+        section.batch,
+        (config.seed, STAGES.index(stage.name)),
+        parallel.local_rows(section.batch),
+    )
+    per_epoch = len(split) // section.batch
+    steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
+    optimizer = optim.adamw(
+        optim.schedule(section.learning_rate, steps, warmup, section.final_learning_rate),
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+    )
+    step = distill.make_train_step(
+        dims,
+        optimizer,
+        objective,
+        teacher_dims=teacher.dims if teacher else None,
+        dtype=compute_dtype(config),
+        drop_path=section.drop_path,
+        dropout=section.dropout,
+        ema_decay=section.ema,
+    )
+    state = distill.new_state(params, optimizer, config.seed, ema=section.ema > 0)
+    if (found := stage.saver.restore(state, stage.say)) is not None:
+        state = distill.TrainState(*found[1])
+        stage.say(f"resumes at step {found[0]}")
+    first = int(state.step)
+    stage.cut_back("log.jsonl", lambda line: line["step"] <= first)
+    state = parallel.replicate(state)
+    compiled = parallel.compile(step)
+    teacher_params = None if teacher is None else parallel.replicate(teacher.params)
+    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
+    with matmul_precision(config), stage.progress(steps, first):
+        state = distill.fit(
+            state,
+            lambda s, batch: compiled(distill.Inputs(s, teacher_params), parallel.shard(batch)),
+            stream,
+            steps,
+            stage,
+            log_every=section.log_every,
+            save_every=section.save_every,
+            evaluate=lambda s: val(_trained(s), None),
+            eval_every=section.eval_every,
+        )
+    trained = jax.device_get(_trained(state))
+    return trained, {
+        "steps": steps,
+        "val_top1": val(parallel.replicate(trained), None)["top1"],
+        "matmul_precision": config.matmul_precision,
+    }
+
+
+def _trained(state: distill.TrainState) -> Any:
+    return state.params if state.average is None else state.average
+
+
+def pretrain(run: Run) -> dict[str, Any]:
+    """Train a dense ViT from random weights with labels."""
+    c, s = run.config, run.config.pretrain
+    dims = _dims_from_config(c.vit)
+    dataset = load_data(run, dims)
+    params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
+    objective = Objective(label_weight=s.label_weight, smoothing=s.smoothing)
+    trained, metrics = _fit_stage(run, s, dims, params, dataset, objective, None)
+    info = model_info(dataset, {"stage": "pretrain", "seed": c.seed})
+    save_model(run.stage.path / "model", Model(dims, trained, info=info))
+    run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
+    return metrics | {"dims": dims.to_json(), "params": count_params(dims), "macs": count_macs(dims)}
+
+
+def finetune(run: Run) -> dict[str, Any]:
+    """Train the compact model with labels and the unpruned model's logits."""
+    c, s = run.config, run.config.finetune
+    need(run, "prune")
+    pruned = load_model(run.workdir / "prune" / "model")
+    dataset = load_data(run, pruned.dims)
+    objective = Objective(
+        label_weight=s.label_weight, kl_weight=s.kl_weight, tau=s.tau, kl_per_head=True, smoothing=s.smoothing
+    )
+    teacher = load_model(dense_dir(run)) if objective.needs_teacher else None
+    params = models.init(pruned.dims, jax.random.key(c.seed)) if s.from_scratch else pruned.params
+    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher)
+    info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
+    save_model(run.stage.path / "model", Model(pruned.dims, trained, info=info))
+    run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
+    return metrics | {"dims": pruned.dims.to_json()}

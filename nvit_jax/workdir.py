@@ -1,0 +1,231 @@
+"""A run's directory: which stage is done and with which config keys, its logs, its saved states, its progress bar."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import signal
+import sys
+import time
+import types
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tqdm
+from tensorboardX import SummaryWriter
+
+from nvit_jax.checkpoint import StateSaver, read_json, write_json
+from nvit_jax.errors import UserError
+
+STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report")
+
+
+class StopSignal:
+    """Set by the first SIGTERM or SIGINT: loops save and leave. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        def handle(number: int, frame: types.FrameType | None) -> None:
+            self.received = True
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+STOP = StopSignal()
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"prune.target.macs_ratio": 0.5, ...} in JSON types."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            out |= flatten_config(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+class StageDir:
+    """One stage of a run: W/<stage>/. Also the Monitor of its loops. Only the main process writes."""
+
+    def __init__(self, workdir: pathlib.Path, name: str, *, main: bool = True) -> None:
+        self.workdir, self.name, self.main = workdir, name, main
+        self.path = workdir / name
+        self._bar: Any = None
+        self._saver: StateSaver | None = None
+        self._writer: Any = None
+        self.started = time.monotonic()
+
+    # ------------------------------------------------------------------------------------ begin and finish
+
+    def record(self) -> dict[str, Any] | None:
+        return read_json(self.path / "stage.json") if (self.path / "stage.json").exists() else None
+
+    def begin(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool) -> bool:
+        """True when the stage has work to do (from the start, or from a saved state), False when it is done.
+
+        `keys` are the config keys that the stage reads, `inputs` the ids of what it builds on. UserError when a
+        finished or begun stage had other keys, unless `force`, which starts it anew and marks later stages stale.
+        """
+        record = self.record()
+        fresh = record is None or record["status"] == "stale" or force
+        if record is not None and not fresh:
+            old = record["keys"]
+            changed = sorted(k for k in old.keys() | dict(keys).keys() if old.get(k) != keys.get(k))
+            if changed:
+                shown = ", ".join(f"{k}: {old.get(k)!r} -> {keys.get(k)!r}" for k in changed)
+                raise UserError(
+                    f"{self.path}: this stage was {'finished' if record['status'] == 'done' else 'begun'} with other "
+                    f"config keys ({shown}); set them back, use another --workdir, or redo it with --force"
+                )
+            fresh = record["inputs"] != dict(inputs)  # what it builds on was made anew
+        if record is not None and not fresh and record["status"] == "done":
+            return False
+        if fresh:
+            if self.main:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if record is not None:
+                self._mark_later_stale()
+        if fresh and self.main:
+            write_json(
+                self.path / "stage.json",
+                {"status": "running", "id": uuid.uuid4().hex, "keys": dict(keys), "inputs": dict(inputs)},
+            )
+        return True
+
+    def _mark_later_stale(self) -> None:
+        for name in STAGES[STAGES.index(self.name) + 1 :]:
+            other = StageDir(self.workdir, name)
+            if self.main and (record := other.record()) is not None:
+                write_json(other.path / "stage.json", record | {"status": "stale"})
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json, mark the stage done, drop its saved states."""
+        self._close()
+        if self.main:
+            write_json(self.path / "metrics.json", metrics)
+            write_json(self.path / "stage.json", (self.record() or {}) | {"status": "done"})
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def done(self) -> bool:
+        record = self.record()
+        return record is not None and record["status"] == "done"
+
+    def id(self) -> str:
+        return (self.record() or {}).get("id", "")
+
+    # ------------------------------------------------------------------------------------------- monitor
+
+    @property
+    def stopping(self) -> bool:
+        return STOP.received
+
+    @property
+    def saver(self) -> StateSaver:
+        if self._saver is None:
+            self._saver = StateSaver(self.path / "state")
+        return self._saver
+
+    def save(self, step: int, state: Any) -> None:
+        self.saver.save(step, state)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of log.jsonl, and the same numbers for TensorBoard."""
+        self._append("log.jsonl", {"step": step} | dict(metrics))
+        self._scalars(step, metrics)
+
+    def history(self, line: Mapping[str, Any]) -> None:
+        """One line of history.jsonl."""
+        self._append("history.jsonl", line)
+        self._scalars(line["pruning"], {f"pruning/{k}": v for k, v in line.items() if isinstance(v, float)})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if self.main:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if not self.main:
+            return
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def cut_back(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines of a log that were written after the saved state (and a half-written last one)."""
+        path = self.path / name
+        if not self.main or not path.exists():
+            return
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                if keep(json.loads(line)):
+                    lines.append(line)
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def progress(self, total: int | None, initial: int = 0) -> Iterator[None]:
+        """A bar with rate and time left; nothing when the output is no terminal."""
+        self._bar = tqdm.tqdm(
+            total=total, initial=initial, desc=self.name, unit="step", disable=None if self.main else True, leave=False
+        )
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._bar = None
+            self._close()
+
+    def advance(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+
+    def _close(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        if self.main:
+            tqdm.tqdm.write(f"[{self.name}] {text}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All lines of a .jsonl file; none when it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_workdir(path: pathlib.Path) -> None:
+    """Create it; UserError when it is a file or may not be written."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={path} is not a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={path} cannot be written: {error.strerror}") from error
