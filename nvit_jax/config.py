@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
     c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
 
     c.latency = ConfigDict()
+    c.latency.table = placeholder(str)  # metrics.json of another run's latency stage to use instead
     c.latency.batch = 256  # images in the timed batch
     c.latency.models = 16  # random widths that the latency model is fitted on
     c.latency.checks = 4  # further ones that only measure its error

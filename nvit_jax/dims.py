@@ -153,7 +153,8 @@ class ViTDims:
             raise UserError(f"dims: unknown field(s) {', '.join(unknown)}")
         if missing := sorted(required - set(values)):
             raise UserError(f"dims: missing field(s) {', '.join(missing)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 # --------------------------------------------------------------------------------------------------- costs

@@ -55,17 +55,36 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
             raise UserError(f"unknown stage {name!r}; there are {', '.join(FUNCTIONS)}")
     _write_config(config, workdir)
     for name in names:
-        run_stage(config, workdir, name, force=force)
+        _run_stage(config, workdir, name, force=force)
+        if name == "eval":
+            for criterion in config.compare:
+                _compare(config, workdir, criterion, force=force)
 
 
-def run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: bool) -> None:
+def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: bool) -> None:
     stage = StageDir(workdir, name, main=jax.process_index() == 0)
     handed = _sections(config, SECTIONS[name])
-    inputs = {other: StageDir(workdir, other).id() for other in _INPUTS[name] if StageDir(workdir, other).done()}
+    directories = {other: StageDir(workdir, other) for other in _INPUTS[name]}
+    if name == "report":
+        directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
+    inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
     if not stage.begin(flatten_config(handed), inputs, force=force):
         stage.say("finished before; --force redoes it")
         return
     stage.finish(FUNCTIONS[name](Run(handed, stage, workdir)))
+
+
+def _compare(config: ConfigDict, workdir: pathlib.Path, criterion: str, *, force: bool) -> None:
+    """The same pruning, finetuning and evaluation by another criterion, under compare/<criterion>/."""
+    other = config.copy_and_resolve_references()
+    other.compare = ()
+    other.prune.criterion = criterion
+    if not config.model:
+        other.model = str(workdir / "pretrain" / "model")
+    if StageDir(workdir, "latency").done():
+        other.latency.table = str(workdir / "latency" / "metrics.json")
+    names = tuple(s for s in ("prune", "finetune", "eval") if s in config.stages)
+    run_stages(other, workdir / "compare" / criterion, names, force=force)
 
 
 def _sections(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:

@@ -36,8 +36,8 @@ def dense_dir(run: Run) -> pathlib.Path:
         return pathlib.Path(run.config.model)
     if not run.other("pretrain").done():
         raise UserError(
-            f"{run.stage.name} needs a model: run --stage pretrain first (nothing finished in {run.workdir / 'pretrain'}), "
-            "or set --config.model=MODEL_DIR"
+            f"{run.stage.name} needs a model and {run.workdir / 'pretrain'} holds no finished one: "
+            "run --stage pretrain first, or set --config.model=MODEL_DIR"
         )
     return run.workdir / "pretrain" / "model"
 

@@ -1,5 +1,6 @@
 """prune: score, rank, mask and train until the targets hold; cut the masks out; check and measure the result."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +52,18 @@ def _criterion(p: ConfigDict) -> Callable[..., Any]:
 
 
 def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
-    stage = run.other("latency")
-    if not stage.done():
+    table = run.config.latency.table
+    if not table and not run.other("latency").done():
         return None
-    metrics = read_json(stage.path / "metrics.json")
-    model = latency.LatencyModel.from_json(metrics["model"])
-    if ViTDims.from_json(metrics["dims"]) != dims:
-        raise UserError(f"{stage.path} was measured for another model; redo it with --stage latency --force")
+    path = pathlib.Path(table) if table else run.workdir / "latency" / "metrics.json"
+    metrics = read_json(path)
+    try:
+        model = latency.LatencyModel.from_json(metrics["model"])
+        measured = ViTDims.from_json(metrics["dims"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what a latency stage writes ({error!r})") from error
+    if measured != dims:
+        raise UserError(f"{path} was measured for another model; redo it with --stage latency --force")
     if model.device != latency.device_name():
         run.stage.say(f"warning: latency was measured on {model.device}, this is {latency.device_name()}")
     return model
@@ -76,22 +82,7 @@ def prune_model(run: Run) -> dict[str, Any]:
     plan = prune.Plan(mode=p.mode, interval=p.interval, steps=p.steps, groups_per_step=p.groups_per_step, ema=p.ema)
     state = _prune(run, dense, dataset, policy, targets, plan, predict)
 
-    masks = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
-    params = jax.device_get(state.train.params)
-    compact_dims, compact = reshape(params, masks, dims)
-    images = dataset.preprocessing(dataset.splits["val"].images[:64])
-    with jax.default_matmul_precision("float32"):
-        masked_logits = np.asarray(models.forward(dims, params, images, masks))
-        compact_logits = np.asarray(models.forward(compact_dims, compact, images))
-    difference = float(np.abs(masked_logits - compact_logits).max())
-    if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
-        raise RuntimeError(f"the compact model differs from the masked one by {difference}")
-    info = model_info(
-        dataset, {"stage": "prune", "criterion": p.criterion, "from": str(dense_dir(run)), "seed": c.seed}
-    )
-    save_model(stage.path / "masked", Model(dims, params, masks, info))
-    save_model(stage.path / "model", Model(compact_dims, compact, info=info))
-
+    compact_dims, difference = _finish(run, dense, state, dataset)
     dense_ms, compact_ms = latency.measure(
         [dims, compact_dims], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
     )
@@ -116,6 +107,27 @@ def prune_model(run: Run) -> dict[str, Any]:
         + f"measured x{result['latency_ratio']:.3f}, {int(state.prunings)} prunings, {stage.seconds():.0f} s"
     )
     return result
+
+
+def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Dataset) -> tuple[ViTDims, float]:
+    """Write masked/ and model/; returns the compact dims and the largest difference of the logits."""
+    stage, dims = run.stage, dense.dims
+    masks = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
+    params = jax.device_get(state.train.params)
+    compact_dims, compact = reshape(params, masks, dims)
+    images = dataset.preprocessing(dataset.splits["val"].images[:64])
+    with jax.default_matmul_precision("float32"):
+        masked_logits = np.asarray(models.forward(dims, params, images, masks))
+        compact_logits = np.asarray(models.forward(compact_dims, compact, images))
+    difference = float(np.abs(masked_logits - compact_logits).max())
+    # Ten times what float32 explains: beyond it the two are not the same function.
+    if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
+        raise RuntimeError(f"the compact model differs from the masked one by {difference}")
+    facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
+    info = model_info(dataset, facts | {"from": str(dense_dir(run))})
+    save_model(stage.path / "masked", Model(dims, params, masks, info))
+    save_model(stage.path / "model", Model(compact_dims, compact, info=info))
+    return compact_dims, difference
 
 
 def _prune(
