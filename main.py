@@ -43,7 +43,7 @@ def _parse(argv: list[str]):  # type: ignore[no-untyped-def]
     from nvit_jax.workdir import flatten_config
 
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_string("stage", None, "", flag_values=values)
     flags.DEFINE_boolean("force", False, "", flag_values=values)

@@ -11,18 +11,20 @@ from nvit_jax.config import default_config
 def get_config() -> ConfigDict:
     c = default_config()
     c.vit.update(image=8, patch=2, channels=1, classes=10, embed=64, depth=6, heads=4, mlp=256)
-    c.vit.init_std = 0.05
+    c.vit.init_std = 0.08
     c.vit.position_std = 0.5
 
     c.pretrain.epochs = 20.0
     c.pretrain.warmup_epochs = 2.0
     c.pretrain.learning_rate = 1.5e-3
+    c.pretrain.dropout = 0.1
+    c.pretrain.ema = 0.98
     c.pretrain.save_every = 200
 
     c.prune.target.macs_ratio = 0.5
     c.prune.target.latency_ratio = 0.62
     c.prune.mode = "gradual"
-    c.prune.steps = 4
+    c.prune.steps = 3
     c.prune.interval = 40
     c.prune.score.remat = False
     c.prune.learning_rate = 5e-4

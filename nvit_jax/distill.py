@@ -83,7 +83,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if state.average is None else ema_update(state.average, params, state.step, ema_decay)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
 
     return step

@@ -181,7 +181,8 @@ _TAYLOR_DIVISOR = {"embed": 12, "head": 12, "qk": 2, "v": 2, "mlp": 1}
 
 def _sum_units(values: Params, masks: Units, keep: Callable[[str, str], bool]) -> Units:
     """Sum parameter-shaped values over the entries of each unit, over the parameters for which keep(kind, name)."""
-    sums = {kind: [jnp.zeros(s.shape, jnp.float32) for s in ([m] if not i else m)] for i, (kind, m) in _kinds(masks)}
+    dtype = jnp.result_type(*jax.tree.leaves(values))
+    sums = {kind: [jnp.zeros(s.shape, dtype) for s in ([m] if not i else m)] for i, (kind, m) in _kinds(masks)}
     for path, leaf in groups.flatten(values):
         axes, block = groups.axes_of(path, pre_logits="pre_logits" in values), groups.block_of(path)
         name = path if block is None else path.split("/", 1)[1]

@@ -78,7 +78,7 @@ class StageDir:
         finished or begun stage had other keys, unless `force`, which starts it anew and marks later stages stale.
         """
         record = self.record()
-        fresh = record is None or record["status"] == "stale" or force
+        fresh = record is None or record["status"] == "stale" or force or self._nothing_yet(record)
         if record is not None and not fresh:
             old = record["keys"]
             changed = sorted(k for k in old.keys() | dict(keys).keys() if old.get(k) != keys.get(k))
@@ -102,6 +102,10 @@ class StageDir:
                 {"status": "running", "id": uuid.uuid4().hex, "keys": dict(keys), "inputs": dict(inputs)},
             )
         return True
+
+    def _nothing_yet(self, record: Mapping[str, Any]) -> bool:
+        """Begun, but nothing saved that could be lost or resumed."""
+        return record["status"] == "running" and not any((self.path / "state").glob("[0-9]*"))
 
     def _mark_later_stale(self) -> None:
         for name in STAGES[STAGES.index(self.name) + 1 :]:

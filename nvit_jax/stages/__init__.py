@@ -79,12 +79,13 @@ def _compare(config: ConfigDict, workdir: pathlib.Path, criterion: str, *, force
     other = config.copy_and_resolve_references()
     other.compare = ()
     other.prune.criterion = criterion
-    if not config.model:
-        other.model = str(workdir / "pretrain" / "model")
-    if StageDir(workdir, "latency").done():
-        other.latency.table = str(workdir / "latency" / "metrics.json")
+    place = workdir / "compare" / criterion
+    check_workdir(place)
+    for shared in ("pretrain", "latency"):  # the same dense model, the same predictions
+        if (workdir / shared).exists() and not (place / shared).exists():
+            (place / shared).symlink_to(pathlib.Path("..", "..", shared), target_is_directory=True)
     names = tuple(s for s in ("prune", "finetune", "eval") if s in config.stages)
-    run_stages(other, workdir / "compare" / criterion, names, force=force)
+    run_stages(other, place, names, force=force)
 
 
 def _sections(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:

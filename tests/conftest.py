@@ -1,0 +1,72 @@
+"""Every test sees 4 virtual CPU devices; compiled programs are kept in a cache beside the tests."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from nvit_jax import models
+from nvit_jax.dims import Units, ViTDims
+from nvit_jax.masks import check_masks, full_masks
+
+ROOT = pathlib.Path(__file__).parent.parent
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def x64():
+    """float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def small_dims(**changes) -> ViTDims:
+    """A ViT that compiles in about a second."""
+    values = {"image": 8, "patch": 4, "channels": 1, "classes": 5, "embed": 8, "depth": 2, "heads": 2, "mlp": 12}
+    return ViTDims.uniform(**(values | changes))
+
+
+def random_params(dims: ViTDims, seed: int = 0, dtype=np.float64):
+    """Normal values everywhere, norms and biases included, so that no term of an equality is trivially 0."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: (0.4 * rng.standard_normal(s.shape) + 0.1).astype(dtype), models.shapes(dims))
+
+
+def random_images(dims: ViTDims, batch: int = 3, seed: int = 0, dtype=np.float64) -> np.ndarray:
+    shape = (batch, dims.image, dims.image, dims.channels)
+    return np.random.default_rng([seed, 1]).standard_normal(shape).astype(dtype)
+
+
+def run_forward(dims: ViTDims, params, images, masks=None, **options):
+    """models.forward, compiled."""
+    return np.asarray(jax.jit(lambda p, x, m: models.forward(dims, p, x, m, **options))(params, images, masks))
+
+
+def random_masks(dims: ViTDims, rng: np.random.Generator, kinds=("embed", "head", "qk", "v", "mlp")) -> Units:
+    """Masks that leave a dense model: any units, but the same number of query/key (value) dims in all live heads."""
+    masks = full_masks(dims)
+
+    def some(count: int) -> np.ndarray:
+        return rng.permutation(count)[: rng.integers(1, count + 1)]
+
+    def only(mask: np.ndarray, kept: np.ndarray) -> None:
+        values = np.zeros_like(mask)
+        values[kept] = mask[kept]
+        mask[:] = values
+
+    if "embed" in kinds:
+        only(masks.embed, some(dims.embed))
+    for i in range(dims.depth):
+        if "head" in kinds:
+            only(masks.head[i], some(dims.heads[i]))
+        for kind, width in (("qk", dims.qk[i]), ("v", dims.v[i])):
+            if kind in kinds:
+                count = rng.integers(1, width + 1)
+                for head in range(dims.heads[i]):
+                    only(getattr(masks, kind)[i, head], rng.permutation(width)[:count])
+        if "mlp" in kinds:
+            only(masks.mlp[i], some(dims.mlp[i]))
+    return check_masks(masks, dims)

@@ -1,0 +1,125 @@
+"""1 device, 4 devices under jit and 4 under pmap give the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_images, random_params, small_dims
+
+from nvit_jax import data, distill, models, optim, prune, saliency
+from nvit_jax.errors import UserError
+from nvit_jax.evaluate import evaluate, make_eval_step
+from nvit_jax.losses import Objective
+from nvit_jax.masks import full_masks
+from nvit_jax.parallel import Parallel
+from nvit_jax.ranking import Policy, group_sizes, make_targets, rank
+
+DIMS = small_dims(dist_token=True, heads=4, mlp=16)
+SETUPS = {"jit 4": ("jit", 4), "pmap 4": ("pmap", 4)}
+MIX = Objective(label_weight=1.0, kl_weight=10.0, tau=2.0, kl_per_head=True)
+
+
+def parallel(backend="jit", count=1) -> Parallel:
+    return Parallel.create(backend, tuple(jax.devices()[:count]))
+
+
+def batch(size=8):
+    rng = np.random.default_rng(3)
+    return {
+        "image": random_images(DIMS, size, dtype=np.float32),
+        "label": rng.integers(0, DIMS.classes, size).astype(np.int32),
+        "index": np.arange(size, dtype=np.int32),
+    }
+
+
+def close(a, b, tolerance=1e-5):
+    """Within `tolerance` of the largest value: the shards' sums run in another order."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(initial=0), 1e-30))
+
+
+def score_step(p: Parallel, name, loss_name, size=8):
+    step = prune.make_score_step(DIMS, saliency.criterion(name), loss_name, MIX, at_dense=False, name=name)
+    params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
+    optimizer = optim.adamw(1e-3, weight_decay=0.0)
+    masks = full_masks(DIMS)
+    masks.mlp[0, :3] = 0
+    state = distill.new_state(params, optimizer, 7, masks=jax.tree.map(jnp.asarray, masks))
+    inputs = distill.Inputs(p.replicate(state), p.replicate(teacher))
+    return p.compile(step)(inputs, p.shard(batch(size))), masks
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    ("name", "loss_name"),
+    [
+        ("hvp", "labels"),
+        ("obd", "mix"),
+        ("fisher", "drawn"),
+        ("taylor", "labels"),
+        ("hvp_joint", "kl"),
+        ("random", "labels"),
+    ],
+)
+def test_a_pruning_step(setup, name, loss_name):
+    """Scores within 1e-5, masks equal."""
+    one, masks = score_step(parallel(), name, loss_name)
+    many, _ = score_step(parallel(*SETUPS[setup]), name, loss_name)
+    close(many, one)
+    policy = Policy(sizes=group_sizes("cpu") | {"embed": 2, "mlp": 2}, floors=dict.fromkeys(group_sizes("cpu"), 1))
+    targets = make_targets({"macs_ratio": 0.6}, DIMS, None)
+    ranked = [rank(jax.tree.map(np.asarray, s), masks, DIMS, policy, targets) for s in (one, many)]
+    for a, b in zip(ranked[0].masks, ranked[1].masks, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_finetuning_step(setup):
+    """Parameters, moments and metrics within 1e-5 after three steps, with dropout, stochastic depth, KL and EMA.
+
+    SGD-like scale: epsilon is large so that Adam does not amplify the sign of gradients that are rounding noise.
+    """
+    params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
+    import optax
+
+    optimizer = optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=optim.decays)
+
+    def run(p: Parallel):
+        step = distill.make_train_step(
+            DIMS, optimizer, MIX, teacher_dims=DIMS, drop_path=0.3, dropout=0.2, ema_decay=0.9
+        )
+        compiled = p.compile(step)
+        state = p.replicate(distill.new_state(params, optimizer, 5, ema=True))
+        for _ in range(3):
+            state, metrics = compiled(distill.Inputs(state, p.replicate(teacher)), p.shard(batch()))
+        return state.params, state.average, state.opt_state, metrics
+
+    close(run(parallel(*SETUPS[setup])), run(parallel()))
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_evaluation_counts_every_image_once(setup):
+    p = parallel(*SETUPS[setup])
+    params = random_params(DIMS, 0, np.float32)
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 17, (27, DIMS.image, DIMS.image, 1)).astype(np.uint8)
+    split = data.Split(raw, rng.integers(0, DIMS.classes, 27).astype(np.int32))
+    preprocess = data.Preprocessing(8, 16.0, (0.5,), (0.5,))
+    logits = np.asarray(models.forward(DIMS, params, preprocess(raw))).mean(1)
+    order = np.argsort(-logits, axis=1)
+    step = make_eval_step(lambda s, x: models.forward(DIMS, s, x), p)
+    for size in (8, 12, 28):
+        found = evaluate(step, p.replicate(params), data.eval_batches(split, preprocess, size))
+        assert found["images"] == 27
+        assert found["top1"] == pytest.approx((order[:, 0] == split.labels).mean(), abs=1e-6)
+        assert found["top5"] == pytest.approx(1.0)
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        assert found["loss"] == pytest.approx(-log_p[np.arange(27), split.labels].mean(), rel=1e-5)
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r'config.parallel="fsdp"|config.parallel=.fsdp.'):
+        Parallel.create("fsdp")
+    with pytest.raises(UserError, match="config.prune.batch=6 does not divide over 4 devices"):
+        parallel("jit", 4).check_batch(6, "config.prune.batch")

@@ -1,0 +1,121 @@
+"""Runs that are killed end with the same parameters, masks and logs, bit for bit, as one that was not."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import nvit_jax
+from nvit_jax.groups import flatten
+
+# Long enough loops, with frequent saves, for kills to fall into them and into the saves themselves.
+ARGUMENTS = [
+    "--config=tests/tiny.py",
+    "--config.stages=('pretrain','prune','finetune')",
+    "--config.pretrain.epochs=4",
+    "--config.finetune.epochs=4",
+    "--config.prune.target.macs_ratio=0.5",
+    "--config.prune.steps=4",
+    "--config.prune.interval=20",
+]
+SAME = [f"{stage}/log.jsonl" for stage in ("pretrain", "prune", "finetune")] + ["prune/history.jsonl"]
+
+
+def start(workdir: pathlib.Path, *more: str) -> subprocess.Popen:
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(workdir: pathlib.Path, *more: str) -> str:
+    process = start(workdir, *more)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("undisturbed") / "W"
+    finish(workdir)
+    return workdir
+
+
+def assert_same_run(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
+    for name in SAME:
+        assert (workdir / name).read_text() == (undisturbed / name).read_text(), name
+    for name in ("pretrain/model", "prune/masked", "prune/model", "finetune/model"):
+        ours, theirs = (nvit_jax.load_model(place / name) for place in (workdir, undisturbed))
+        assert ours.dims == theirs.dims
+        for (path, a), (_, b) in zip(flatten(ours.params), flatten(theirs.params), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{name}: {path}")
+        if ours.masks is not None:
+            for a, b in zip(ours.masks, theirs.masks, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def wait_for_a_state(process: subprocess.Popen, directory: pathlib.Path) -> bool:
+    """Until the stage has saved something; False when the process ended first."""
+    while process.poll() is None:
+        if any(directory.glob("[0-9]*")):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_sigkill_anywhere(undisturbed, tmp_path, seed):
+    """Kills at random moments of each stage, inside saves too; then it is let through."""
+    draw = random.Random(seed)
+    workdir = tmp_path / "W"
+    kills, output = 0, ""
+    for stage in ("pretrain", "prune", "finetune", "prune"):
+        process = start(workdir)
+        if wait_for_a_state(process, workdir / stage / "state"):
+            time.sleep(draw.uniform(0, 0.6))
+            kills += process.poll() is None
+        process.kill()
+        output += process.communicate()[0]
+    output += finish(workdir)
+    assert kills >= 2 and "resumes at step" in output, (kills, output)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_sigterm_saves_and_exits(undisturbed, tmp_path):
+    workdir = tmp_path / "W"
+    process = start(workdir)
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "stopped at step" in output and "Traceback" not in output
+    stopped = int(output.split("stopped at step ")[1].split(";")[0])
+    assert (workdir / "pretrain" / "state" / str(stopped)).is_dir()
+    assert f"resumes at step {stopped}" in finish(workdir)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
+    """A learning rate that blows up: the step is named, and nothing after it is saved or logged."""
+    workdir = tmp_path / "W"
+    process = start(
+        workdir, "--stage=pretrain", "--config.pretrain.learning_rate=1e18", "--config.pretrain.warmup_epochs=4"
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "is nan at step" in output and "Traceback" not in output, output
+    step = int(output.split("at step ")[1].split(";")[0])
+    assert all(int(p.name) < step for p in (workdir / "pretrain" / "state").glob("[0-9]*"))
+    lines = (
+        [json.loads(line) for line in (workdir / "pretrain" / "log.jsonl").read_text().splitlines()] if step > 5 else []
+    )
+    assert all(line["step"] < step and np.isfinite(line["loss"]) for line in lines)

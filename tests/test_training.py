@@ -1,0 +1,174 @@
+"""Losses, optimizer rules, and the pruning loop's own arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import random_params, small_dims
+
+from nvit_jax import distill, optim
+from nvit_jax.errors import UserError
+from nvit_jax.groups import expand, flatten
+from nvit_jax.losses import Objective, cross_entropy, kl_nvit, objective_loss
+from nvit_jax.masks import full_masks
+from nvit_jax.prune import Plan
+from nvit_jax.ranking import Target
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def test_losses_are_their_formulas(x64):
+    rng = np.random.default_rng(0)
+    logits, teacher = rng.standard_normal((2, 6, 2, 5))
+    labels = rng.integers(0, 5, 6)
+    p = softmax(logits[:, 0])
+    np.testing.assert_allclose(cross_entropy(logits[:, 0], labels), -np.log(p[np.arange(6), labels]), rtol=1e-12)
+    smooth = 0.9 * np.eye(5)[labels] + 0.1 / 5
+    np.testing.assert_allclose(cross_entropy(logits[:, 0], labels, 0.1), -(smooth * np.log(p)).sum(1), rtol=1e-12)
+    t, s = softmax(teacher / 3), softmax(logits / 3)
+    np.testing.assert_allclose(kl_nvit(teacher, logits, 3.0), (t * np.log(t / s)).mean(-1), rtol=1e-10)
+
+    batch = {"label": labels, "teacher": teacher}
+    for per_head in (False, True):
+        objective = Objective(label_weight=0.5, kl_weight=7.0, tau=3.0, kl_per_head=per_head)
+        total, parts = objective_loss(objective, jnp.asarray(logits), batch)
+        if per_head:
+            kl = (t * np.log(t / s)).mean(-1).mean(1)
+        else:
+            a, b = softmax(teacher.mean(1) / 3), softmax(logits.mean(1) / 3)
+            kl = (a * np.log(a / b)).mean(-1)
+        label = -np.log(softmax(logits.mean(1))[np.arange(6), labels])
+        np.testing.assert_allclose(total, 0.5 * label + 7 * kl, rtol=1e-10)
+        np.testing.assert_allclose(parts["kl_loss"], kl, rtol=1e-10)
+
+
+def test_the_teacher_gets_no_gradient(x64):
+    objective = Objective(kl_weight=1.0)
+    logits = jnp.ones((2, 1, 3)) * jnp.arange(3.0)
+
+    def loss(teacher):
+        return objective_loss(objective, logits, {"label": jnp.zeros(2, int), "teacher": teacher})[0].sum()
+
+    assert (jax.grad(loss)(logits * 2) == 0).all()
+
+
+def test_weight_decay_acts_on_kernels_alone():
+    dims = small_dims(dist_token=True, registers=1, layer_scale=True)
+    params = random_params(dims)
+    for path, decayed in flatten(optim.decays(params)):
+        assert decayed == path.endswith("kernel"), path
+
+
+def test_schedule():
+    schedule = optim.schedule(1.0, 100, 10, 0.1)
+    assert [float(schedule(i)) for i in (0, 5, 10, 100)] == pytest.approx([0.0, 0.5, 1.0, 0.1])
+    assert float(optim.schedule(1.0, 10)(0)) == 1.0
+
+
+def test_moments_of_removed_units_are_zeroed_and_no_others():
+    dims = small_dims()
+    params = jax.tree.map(jnp.asarray, random_params(dims, dtype=np.float32))
+    optimizer = optim.adamw(1e-3, weight_decay=0.1, clip_norm=1.0)
+    _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    masks = full_masks(dims)
+    masks.mlp[0, 2] = masks.embed[3] = masks.head[1, 0] = 0
+    cleared = optim.zero_removed(state, masks)
+    kept = dict(flatten(expand(masks._replace(qk=masks.qk * masks.head[..., None]), params)))
+    adam, old = (
+        next(s for s in jax.tree.leaves(o, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)) if hasattr(s, "mu"))
+        for o in (cleared, state)
+    )
+    for moment, before in ((adam.mu, old.mu), (adam.nu, old.nu)):
+        for (path, value), (_, start) in zip(flatten(moment), flatten(before), strict=True):
+            np.testing.assert_array_equal(value, start * kept[path], err_msg=path)
+    assert (np.asarray(adam.mu["block_0"]["fc1"]["kernel"])[:, 2] == 0).all()
+    assert (np.asarray(adam.mu["block_1"]["proj"]["kernel"])[0] == 0).all()
+
+
+def test_ema_rises_to_its_decay():
+    average, params = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
+    assert optim.ema_update(average, params, jnp.int32(0), 0.99)["w"][0] == pytest.approx(0.9)
+    assert optim.ema_update(average, params, jnp.int32(10**6), 0.99)["w"][0] == pytest.approx(0.01)
+
+
+def test_gradual_targets_fall_along_a_cubic_and_end_at_the_target():
+    target = Target("macs_ratio", lambda d: 0.0, 50.0, 100.0)
+    plan = Plan(mode="gradual", steps=4)
+    limits = [plan.targets(i, [target])[0].limit for i in range(5)]
+    assert limits == pytest.approx([50 + 50 * 0.75**3, 50 + 50 * 0.5**3, 50 + 50 * 0.25**3, 50, 50])
+    assert Plan(mode="iterative", groups_per_step=3).max_groups == 3
+    assert Plan(mode="one_shot").targets(0, [target]) == [target]
+    with pytest.raises(UserError, match="prune.mode"):
+        Plan(mode="magic")
+
+
+class Recorder:
+    """A monitor that keeps what it is told."""
+
+    def __init__(self, stop_at=None):
+        self.lines, self.saves, self.step, self.stop_at = [], [], 0, stop_at
+
+    @property
+    def stopping(self):
+        return self.stop_at is not None and self.step + 1 >= self.stop_at
+
+    def log(self, step, metrics):
+        self.lines.append((step, metrics))
+
+    def save(self, step, state):
+        self.saves.append(step)
+
+    def advance(self, step, text):
+        self.step = step
+
+
+def fake_step(losses):
+    def step(state, batch):
+        metrics = {"loss": jnp.float32(losses[int(state.step)]), "gradient_norm": jnp.float32(1)}
+        return state._replace(step=state.step + 1), metrics
+
+    return step
+
+
+STATE = distill.TrainState(jnp.int32(0), {}, (), None, None, jnp.zeros(2, jnp.uint32))
+
+
+def test_fit_logs_saves_and_evaluates_when_it_should():
+    monitor = Recorder()
+    distill.fit(
+        STATE,
+        fake_step(np.arange(10.0)),
+        lambda step: {},
+        10,
+        monitor,
+        log_every=3,
+        save_every=4,
+        evaluate=lambda state: {"top1": int(state.step) / 10},
+        eval_every=6,
+    )
+    assert [(s, m["loss"], m.get("val_top1")) for s, m in monitor.lines] == [
+        (3, 2.0, None),
+        (6, 5.0, 0.6),
+        (9, 8.0, None),
+        (10, 9.0, 1.0),
+    ]
+    assert monitor.saves == [4, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved():
+    monitor = Recorder()
+    losses = [1.0, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0, 1.0]
+    with pytest.raises(UserError, match="the loss is nan at step 6"):
+        distill.fit(STATE, fake_step(losses), lambda step: {}, 8, monitor, log_every=100, save_every=4)
+    assert monitor.saves == [4]
+
+
+def test_a_stop_saves_where_it_is():
+    monitor = Recorder(stop_at=5)
+    with pytest.raises(distill.Stopped, match="step 5"):
+        distill.fit(STATE, fake_step(np.ones(10)), lambda step: {}, 10, monitor, log_every=3, save_every=100)
+    assert monitor.saves == [5]
