@@ -54,11 +54,13 @@ def default_config() -> ConfigDict:
     prune.groups_per_step = 2  # groups removed per pruning of "iterative"
     prune.ema = 0.0  # momentum of the scores from pruning to pruning (NViT 0.9)
     prune.score = score = ConfigDict()
-    score.loss = "labels"  # labels, kl (to the unpruned model), mix (the training objective), drawn (labels)
+    # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model).
+    score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher; labels for taylor
     score.batch = 256
     score.batches = 1  # per pruning
-    score.scheme = "part"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), unit (exact)
-    score.probes = 4  # hvp, obd: per part and example
+    score.scheme = "chunk"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), chunk, unit (exact)
+    score.chunk = 16  # units that are probed together by "chunk"
+    score.probes = 1  # hvp, obd: probes per example and confinement
     score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
     prune.rule = "per_cost"  # per_cost (score / saving) or eta (score - eta * ms saved)
     prune.eta = 5e-4
@@ -139,7 +141,7 @@ def check_config(c: ConfigDict) -> None:
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
-    for key in ("batch", "batches", "probes"):
+    for key in ("batch", "batches", "chunk", "probes"):
         need(c.prune.score[key] > 0, f"prune.score.{key}", c.prune.score[key], "must be > 0")
     for key in ("batch", "models", "repeats"):
         need(c.latency[key] > 0, f"latency.{key}", c.latency[key], "must be > 0")

@@ -26,6 +26,9 @@ from nvit_jax.saliency import check_finite
 
 MODES = ("one_shot", "gradual", "iterative")
 SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
+# Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
+# first order takes labels.
+_OWN_LOSS = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,22 +77,23 @@ def new_prune_state(train: TrainState) -> PruneState:
 
 def make_score_step(
     dims: ViTDims,
+    name: str,
     criterion: Callable[..., Units],
-    loss_name: str,
+    loss_name: str | None,
     mix: Objective,
     *,
-    at_dense: bool,
-    name: str,
     remat: bool = True,
 ) -> Callable[..., Units]:
     """`step(inputs, batch, mean)` -> scores of one batch, in float32 at full matmul precision.
 
     loss_name: "labels", "kl" to the unpruned model, "mix" (the training objective), or "drawn" (cross-entropy with
-    labels drawn from the unpruned model). Pairs that would score 0 everywhere at the unpruned model are refused.
+    labels drawn from the unpruned model); None is the criterion's own (`_OWN_LOSS`). Pairs that would score 0
+    everywhere at the unpruned model are refused.
     """
+    loss_name = loss_name or _OWN_LOSS.get(name, "labels")
     if loss_name not in SCORE_LOSSES:
         raise UserError(f"prune.score.loss={loss_name!r} is not one of {', '.join(SCORE_LOSSES)}")
-    if loss_name == "kl" and name in ("taylor", "fisher") and at_dense:
+    if loss_name == "kl" and name in ("taylor", "fisher"):
         raise UserError(
             f'prune.criterion="{name}" with prune.score.loss="kl" is 0 at the unpruned model, where the KL has no '
             'gradient; take "labels", "mix" or "drawn"'

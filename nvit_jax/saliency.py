@@ -23,7 +23,7 @@ from nvit_jax.masks import normalize, unit_name
 
 Loss = Callable[[Params, Units, Batch], jax.Array]
 Mean = Callable[[Any], Any]
-SCHEMES = ("all", "kind", "block", "part", "unit")
+SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
 
 
 def _same(tree: Any) -> Any:
@@ -41,29 +41,46 @@ def _batch_mean(units: Units) -> Units:
     return Units(units.embed.mean(0), *(u.mean(1) for u in units[1:]))
 
 
-def _probe_parts(masks: Units, scheme: str) -> tuple[Units, int]:
+def _probe_parts(masks: Units, scheme: str, chunk: int) -> tuple[Units, int]:
     """The part each unit belongs to, and the number of parts: probes are confined to one part at a time.
 
     "all": one part. "kind": one for each kind. "block": embed, and one for each block. "part": embed, and one for
-    each kind in each block. "unit": each unit its own, which makes the estimate exact.
+    each kind in each block. "chunk": those, dealt out into chunks of at most `chunk` units, so that the noise of an
+    estimate, which grows with the units probed together, is the same for small and large kinds. "unit": each unit
+    alone, which makes the estimate exact.
     """
-    depth = masks.head.shape[0]
-    if scheme == "unit":
-        starts = np.cumsum([0] + [m.size for m in masks])
-        parts = [np.arange(m.size).reshape(m.shape) + s for m, s in zip(masks, starts, strict=False)]
-        return Units(*parts), int(starts[-1])
     if scheme not in SCHEMES:
         raise UserError(f"saliency: unknown probing scheme {scheme!r}; there are {', '.join(SCHEMES)}")
-    parts = []
+    if scheme == "part":
+        chunk = max(m.size for m in masks)
+    elif scheme == "unit":
+        chunk = 1
+    depth = masks.head.shape[0]
+    parts, count = [], 0
     for k, mask in enumerate(masks):
-        block = np.arange(depth).reshape((-1,) + (1,) * (mask.ndim - 1)) if k else np.zeros((1,), int)
-        own = {"all": 0 * block, "kind": 0 * block + k, "block": block + (k > 0), "part": 4 * block + k}[scheme]
-        parts.append(np.broadcast_to(own, mask.shape))
-    return Units(*parts), {"all": 1, "kind": 5, "block": 1 + depth, "part": 1 + 4 * depth}[scheme]
+        rows = 1 if k == 0 else depth  # embed is one row, the other kinds have one for each block
+        row = np.arange(rows)[:, None]
+        width = mask.size // rows
+        if scheme in ("all", "kind", "block"):
+            own = {"all": 0 * row, "kind": 0 * row + k, "block": row + (k > 0)}[scheme]
+        else:
+            each = -(-width // chunk)
+            own = count + row * each + np.arange(width) % each
+            count += rows * each
+        parts.append(np.broadcast_to(own, (rows, width)).reshape(mask.shape))
+    return Units(*parts), {"all": 1, "kind": 5, "block": 1 + depth}.get(scheme, count)
 
 
 def _curvature(
-    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array, scheme: str, probes: int, mean: Mean
+    loss: Loss,
+    params: Params,
+    masks: Units,
+    batch: Batch,
+    key: jax.Array,
+    scheme: str,
+    chunk: int,
+    probes: int,
+    mean: Mean,
 ) -> tuple[Units, Units]:
     """Gradient and diagonal curvature of the mean loss in the gates: (dl/dm_i, estimate of H_ii).
 
@@ -73,28 +90,36 @@ def _curvature(
     masks = normalize(masks)
     size = len(batch["label"])
     gates = _per_sample(masks, size)
-    parts, count = _probe_parts(masks, scheme)
+    parts, count = _probe_parts(masks, scheme, chunk)
 
     def gradient(gates: Units) -> Units:
         return jax.grad(lambda g: loss(params, g, batch).sum())(gates)
 
     first, product = jax.linearize(gradient, gates)  # v -> H v: jvp of grad, its primal part computed once
 
-    def probe(total: Units, step: jax.Array) -> tuple[Units, None]:
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, step), i))(batch["index"])
+    def draw(number: jax.Array) -> Units:
+        """Signs for every gate of every example, 0 for removed units. The parts of one probe share them."""
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, number), i))(batch["index"])
 
-        def draw(k: int, mask: jax.Array, part: np.ndarray) -> jax.Array:
-            axis = min(k, 1)  # [B, D] for embed, [L, B, ...] for the kinds of a block
-            signs = jax.vmap(
-                lambda key: jax.random.rademacher(jax.random.fold_in(key, k), mask.shape, mask.dtype), out_axes=axis
-            )(keys)
-            return signs * jnp.expand_dims(mask * (part == step % count), axis)
+        def signs(k: int, mask: jax.Array) -> jax.Array:
+            axis = min(k, 1)  # of the batch: [B, D] for embed, [L, B, ...] for the kinds of a block
+            one = lambda key: jax.random.rademacher(jax.random.fold_in(key, k), mask.shape, mask.dtype)  # noqa: E731
+            return jax.vmap(one, out_axes=axis)(keys) * jnp.expand_dims(mask, axis)
 
-        v = Units(*(draw(k, m, p) for k, (m, p) in enumerate(zip(masks, parts, strict=True))))
-        return jax.tree.map(lambda t, v, hv: t + v * hv, total, v, product(v)), None
+        return Units(*(signs(k, m) for k, m in enumerate(masks)))
+
+    def probe(total: Units, number: jax.Array) -> tuple[Units, None]:
+        signs = draw(number)
+
+        def confined(total: Units, place: jax.Array) -> tuple[Units, None]:
+            here = Units(*(jnp.expand_dims(p == place, min(k, 1)) for k, p in enumerate(parts)))
+            v = jax.tree.map(jnp.multiply, signs, here)
+            return jax.tree.map(lambda t, v, hv: t + v * hv, total, v, product(v)), None
+
+        return jax.lax.scan(confined, total, jnp.arange(count))
 
     zero = jax.tree.map(jnp.zeros_like, gates)
-    total, _ = jax.lax.scan(probe, zero, jnp.arange(count * probes))
+    total, _ = jax.lax.scan(probe, zero, jnp.arange(probes))
     curvature = jax.tree.map(lambda t: t / probes, mean(_batch_mean(total)))
     return mean(_batch_mean(first)), curvature
 
@@ -106,7 +131,8 @@ def hvp(
     batch: Batch,
     key: jax.Array,
     *,
-    scheme: str = "part",
+    scheme: str = "chunk",
+    chunk: int = 16,
     probes: int = 1,
     mean: Mean = _same,
 ) -> Units:
@@ -115,7 +141,7 @@ def hvp(
     H is the Hessian of the mean loss in the gates, H v = jvp(grad(l)) (NViT equation 1 with the exact product in
     place of finite differences).
     """
-    _, curvature = _curvature(loss, params, masks, batch, key, scheme, probes, mean)
+    _, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, mean)
     return _masked(curvature, masks)
 
 
@@ -126,12 +152,13 @@ def obd(
     batch: Batch,
     key: jax.Array,
     *,
-    scheme: str = "part",
+    scheme: str = "chunk",
+    chunk: int = 16,
     probes: int = 1,
     mean: Mean = _same,
 ) -> Units:
     """-dl/dm_i + H_ii / 2: the loss change of removing unit i (m_i from 1 to 0), to second order."""
-    first, curvature = _curvature(loss, params, masks, batch, key, scheme, probes, mean)
+    first, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, mean)
     return _masked(jax.tree.map(lambda g, h: h / 2 - g, first, curvature), masks)
 
 
@@ -250,7 +277,7 @@ CRITERIA: dict[str, Callable[..., Units]] = {
 
 
 def criterion(name: str, **options: Any) -> Callable[..., Units]:
-    """A criterion by name with its options bound: `scheme`, `probes` (hvp, obd), `align` (taylor)."""
+    """A criterion by name with its options bound: `scheme`, `chunk`, `probes` (hvp, obd), `align` (taylor)."""
     if name not in CRITERIA:
         raise UserError(f"unknown criterion {name!r}; there are {', '.join(CRITERIA)}")
     return functools.partial(CRITERIA[name], **options)

@@ -40,7 +40,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def score_step(p: Parallel, name, loss_name, size=8):
-    step = prune.make_score_step(DIMS, saliency.criterion(name), loss_name, MIX, at_dense=False, name=name)
+    step = prune.make_score_step(DIMS, name, saliency.criterion(name), loss_name, MIX)
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     masks = full_masks(DIMS)

@@ -91,7 +91,7 @@ def test_unit_probes_are_the_exact_diagonal(setting):
     )
 
 
-@pytest.mark.parametrize("scheme", ["all", "kind", "block", "part"])
+@pytest.mark.parametrize("scheme", ["all", "kind", "block", "part", "chunk"])
 def test_hvp_is_unbiased(setting, scheme):
     loss, params, masks, batch, hessian, _ = setting
     run = jax.jit(lambda k: ravel_pytree(saliency.hvp(loss, params, masks, batch, k, scheme=scheme))[0])
@@ -275,9 +275,9 @@ def test_non_finite_scores_name_the_unit():
 def test_scores_that_would_all_be_zero_are_refused():
     for name in ("taylor", "fisher"):
         with pytest.raises(UserError, match="no gradient"):
-            make_score_step(DIMS, saliency.criterion(name), "kl", Objective(), at_dense=True, name=name)
+            make_score_step(DIMS, name, saliency.criterion(name), "kl", Objective())
     with pytest.raises(UserError, match="drawn"):
-        make_score_step(DIMS, saliency.criterion("hvp"), "entropy", Objective(), at_dense=True, name="hvp")
+        make_score_step(DIMS, "hvp", saliency.criterion("hvp"), "entropy", Objective())
     with pytest.raises(UserError, match="unknown criterion"):
         saliency.criterion("hessian")
     with pytest.raises(UserError, match="probing scheme"):

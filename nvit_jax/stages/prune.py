@@ -45,7 +45,7 @@ def _policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ran
 def _criterion(p: ConfigDict) -> Callable[..., Any]:
     options: dict[str, Any] = {}
     if p.criterion in ("hvp", "obd"):
-        options = {"scheme": p.score.scheme, "probes": p.score.probes}
+        options = {"scheme": p.score.scheme, "chunk": p.score.chunk, "probes": p.score.probes}
     elif p.criterion == "taylor":
         options = {"align": p.align}
     return saliency.criterion(p.criterion, **options)
@@ -157,9 +157,7 @@ def _prune(
         )
     )
     score_step = parallel.compile(
-        prune.make_score_step(
-            dims, _criterion(p), p.score.loss, objective, at_dense=True, name=p.criterion, remat=p.score.remat
-        )
+        prune.make_score_step(dims, p.criterion, _criterion(p), p.score.loss, objective, remat=p.score.remat)
     )
     masks = full_masks(dims) if dense.masks is None else dense.masks
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
