@@ -13,6 +13,7 @@ from nvit_jax.dims import Units, ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.masks import check_masks
+from nvit_jax.parallel import is_main
 
 FORMAT = 1
 
@@ -45,7 +46,7 @@ def save_model(directory: str | pathlib.Path, model: Model) -> None:
             {"format": FORMAT, "dims": model.dims.to_json(), "masked": masks is not None} | model.info,
         )
         checkpoint.save_arrays(beside / "params", model.params)
-        if masks is not None:
+        if masks is not None and is_main():
             np.savez(beside / "masks.npz", **masks._asdict())
 
 

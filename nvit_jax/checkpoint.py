@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nvit_jax.errors import UserError
+from nvit_jax.parallel import is_main, wait_for_all
 
 Path = pathlib.Path
 # Orbax and absl report every save; a run has its own progress lines.
@@ -43,7 +44,9 @@ def _saving(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
+    """Write beside and rename; the main process alone does."""
+    if not is_main():
+        return
     with _saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.tmp")
@@ -58,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename."""
+    """Write beside and rename; the main process alone does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -74,21 +77,30 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill; it takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """A directory to fill; it takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    With several processes all of them enter: arrays are saved by all through Orbax, other files by the main one.
+    """
     with _saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+        if is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+        wait_for_all(f"fill {path}")
         try:
             yield beside
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(beside, path)
-            shutil.rmtree(old, ignore_errors=True)
+            wait_for_all(f"filled {path}")
+            if is_main():
+                shutil.rmtree(old, ignore_errors=True)
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(beside, path)
+                shutil.rmtree(old, ignore_errors=True)
+            wait_for_all(f"renamed {path}")
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            if is_main():
+                shutil.rmtree(beside, ignore_errors=True)
 
 
 def save_arrays(path: Path, tree: Any) -> None:

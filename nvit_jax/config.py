@@ -8,6 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from nvit_jax.errors import UserError
+
+STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "report")  # in order
+
 
 def default_config() -> ConfigDict:
     """All keys. Every stage is handed only the sections it may read, see stages.SECTIONS."""
@@ -118,8 +122,6 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
 
 def check_config(c: ConfigDict) -> None:
     """UserError for a value that no stage could work with. Called once, before anything runs."""
-    from nvit_jax.errors import UserError
-    from nvit_jax.workdir import STAGES
 
     def need(good: bool, key: str, value: Any, what: str) -> None:
         if not good:

@@ -13,11 +13,39 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvit_jax.errors import UserError
 
 AXIS = "data"
+
+
+def is_main() -> bool:
+    """The process that writes the files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Return when every process has come here: files that one writes are there for the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def main_decides(decide: Callable[[], bool]) -> bool:
+    """The answer of the main process, on every process. When it raises UserError, so do all."""
+    if jax.process_count() == 1:
+        return decide()
+    answer, error = 0, UserError("the main process stopped the run; its message says why")
+    if is_main():
+        try:
+            answer = int(decide())
+        except UserError as caught:
+            answer, error = 2, caught
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    if answer == 2:
+        raise error
+    return bool(answer)
 
 
 def _same(tree: Any) -> Any:

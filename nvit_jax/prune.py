@@ -146,6 +146,7 @@ def prune_loop(
     while not state.met:
         pruning = int(state.prunings)
         state = state._replace(train=train(state, pruning * plan.interval))
+        monitor.advance(int(state.train.step), f"scoring for pruning {pruning + 1}")
         fresh = Units(*(np.asarray(s, np.float64) for s in score(state.train, pruning)))
         check_finite(fresh)
         momentum = plan.ema if pruning else 0.0

@@ -16,9 +16,9 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from nvit_jax.checkpoint import StateSaver, read_json, write_json
+from nvit_jax.config import STAGES
 from nvit_jax.errors import UserError
-
-STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report")
+from nvit_jax.parallel import is_main, wait_for_all
 
 
 class StopSignal:
@@ -29,6 +29,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
+        self.received = False
+
         def handle(number: int, frame: types.FrameType | None) -> None:
             self.received = True
             signal.signal(number, signal.SIG_DFL)
@@ -56,10 +58,10 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 class StageDir:
-    """One stage of a run: W/<stage>/. Also the Monitor of its loops. Only the main process writes."""
+    """One stage of a run: W/<stage>/. Also the Monitor of its loops. The main process writes, Orbax with all."""
 
-    def __init__(self, workdir: pathlib.Path, name: str, *, main: bool = True) -> None:
-        self.workdir, self.name, self.main = workdir, name, main
+    def __init__(self, workdir: pathlib.Path, name: str) -> None:
+        self.workdir, self.name, self.main = workdir, name, is_main()
         self.path = workdir / name
         self._bar: Any = None
         self._saver: StateSaver | None = None
@@ -76,6 +78,7 @@ class StageDir:
 
         `keys` are the config keys that the stage reads, `inputs` the ids of what it builds on. UserError when a
         finished or begun stage had other keys, unless `force`, which starts it anew and marks later stages stale.
+        With several processes the main one begins and tells the others.
         """
         record = self.record()
         fresh = record is None or record["status"] == "stale" or force or self._nothing_yet(record)
@@ -92,11 +95,10 @@ class StageDir:
         if record is not None and not fresh and record["status"] == "done":
             return False
         if fresh:
-            if self.main:
-                shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path, ignore_errors=True)
             if record is not None:
                 self._mark_later_stale()
-        if fresh and self.main:
+        if fresh:
             write_json(
                 self.path / "stage.json",
                 {"status": "running", "id": uuid.uuid4().hex, "keys": dict(keys), "inputs": dict(inputs)},
@@ -110,15 +112,16 @@ class StageDir:
     def _mark_later_stale(self) -> None:
         for name in STAGES[STAGES.index(self.name) + 1 :]:
             other = StageDir(self.workdir, name)
-            if self.main and (record := other.record()) is not None:
+            if (record := other.record()) is not None:
                 write_json(other.path / "stage.json", record | {"status": "stale"})
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json, mark the stage done, drop its saved states."""
         self._close()
+        write_json(self.path / "metrics.json", metrics)
+        write_json(self.path / "stage.json", (self.record() or {}) | {"status": "done"})
+        wait_for_all(f"finish {self.path}")
         if self.main:
-            write_json(self.path / "metrics.json", metrics)
-            write_json(self.path / "stage.json", (self.record() or {}) | {"status": "done"})
             shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def done(self) -> bool:
@@ -222,8 +225,8 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def check_workdir(path: pathlib.Path) -> None:
-    """Create it; UserError when it is a file or may not be written."""
+def check_workdir(path: pathlib.Path) -> bool:
+    """Create it; UserError when it is a file or may not be written. True."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={path} is not a directory")
     try:
@@ -233,3 +236,4 @@ def check_workdir(path: pathlib.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir={path} cannot be written: {error.strerror}") from error
+    return True

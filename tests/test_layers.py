@@ -9,11 +9,11 @@ import nvit_jax
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors",
-    "dims losses parallel checkpoint",
-    "groups data evaluate workdir",
-    "masks models report config",
-    "optim saliency ranking latency",
-    "api distill reshape",
+    "dims losses parallel config",
+    "checkpoint groups data evaluate",
+    "workdir masks models",
+    "report optim saliency ranking latency",
+    "api cli distill reshape",
     "prune",
     "stages.common",
     "stages.measure stages.prune stages.train",

@@ -152,6 +152,11 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
     assert call("--workdir", first, *arguments, "--stage", "finetune", "--config.finetune.from_scratch=True") == 0
     assert call("--workdir", first, *arguments, "--stage", "eval") == 0
     assert list(read(first / "summary.json")) == ["dense", "pruned", "finetuned"]
+    # A masked model directory is as good as its compact one.
+    masked = f"--config.model={finished / 'prune' / 'masked'}"
+    assert call("--workdir", tmp_path / "masked", masked, "--stage=eval") == 0
+    again = read(tmp_path / "masked" / "summary.json")["dense"]
+    assert again["top1"] == read(finished / "summary.json")["pruned"]["top1"]
     second = tmp_path / "iterative"
     model = f"--config.model={finished / 'pretrain' / 'model'}"
     table = f"--config.latency.table={finished / 'latency' / 'metrics.json'}"

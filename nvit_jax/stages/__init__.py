@@ -12,6 +12,7 @@ import nvit_jax
 from nvit_jax.checkpoint import write_json
 from nvit_jax.errors import UserError
 from nvit_jax.latency import device_name
+from nvit_jax.parallel import is_main, main_decides
 from nvit_jax.stages import measure, prune, train
 from nvit_jax.stages.common import Run
 from nvit_jax.workdir import StageDir, check_workdir, flatten_config
@@ -49,7 +50,7 @@ _INPUTS = {  # the stages whose results a stage reads where they exist
 
 def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool = False) -> None:
     """Run stages in order. A finished one says so and is left alone; see StageDir.begin."""
-    check_workdir(workdir)
+    main_decides(lambda: check_workdir(workdir))
     for name in names:
         if name not in FUNCTIONS:
             raise UserError(f"unknown stage {name!r}; there are {', '.join(FUNCTIONS)}")
@@ -62,13 +63,13 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
 
 
 def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: bool) -> None:
-    stage = StageDir(workdir, name, main=jax.process_index() == 0)
+    stage = StageDir(workdir, name)
     handed = _sections(config, SECTIONS[name])
     directories = {other: StageDir(workdir, other) for other in _INPUTS[name]}
     if name == "report":
         directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
     inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
-    if not stage.begin(flatten_config(handed), inputs, force=force):
+    if not main_decides(lambda: stage.begin(flatten_config(handed), inputs, force=force)):
         stage.say("finished before; --force redoes it")
         return
     stage.finish(FUNCTIONS[name](Run(handed, stage, workdir)))
@@ -80,9 +81,9 @@ def _compare(config: ConfigDict, workdir: pathlib.Path, criterion: str, *, force
     other.compare = ()
     other.prune.criterion = criterion
     place = workdir / "compare" / criterion
-    check_workdir(place)
+    main_decides(lambda: check_workdir(place))
     for shared in ("pretrain", "latency"):  # the same dense model, the same predictions
-        if (workdir / shared).exists() and not (place / shared).exists():
+        if is_main() and (workdir / shared).exists() and not (place / shared).exists():
             (place / shared).symlink_to(pathlib.Path("..", "..", shared), target_is_directory=True)
     names = tuple(s for s in ("prune", "finetune", "eval") if s in config.stages)
     run_stages(other, place, names, force=force)
@@ -104,6 +105,5 @@ def _sections(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
 
 def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     versions = {"python": platform.python_version(), "jax": jax.__version__, "nvit_jax": nvit_jax.__version__}
-    if jax.process_index() == 0:
-        resolved = {"config": flatten_config(config), "versions": versions, "device": device_name()}
-        write_json(workdir / "config.json", resolved)
+    resolved = {"config": flatten_config(config), "versions": versions, "device": device_name()}
+    write_json(workdir / "config.json", resolved)

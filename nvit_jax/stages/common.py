@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 import nvit_jax
 from nvit_jax import data, models
+from nvit_jax.api import Model, load_model
 from nvit_jax.dims import ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
 from nvit_jax.parallel import Parallel
+from nvit_jax.reshape import reshape
 from nvit_jax.workdir import StageDir
 
 
@@ -40,6 +42,15 @@ def dense_dir(run: Run) -> pathlib.Path:
             "run --stage pretrain first, or set --config.model=MODEL_DIR"
         )
     return run.workdir / "pretrain" / "model"
+
+
+def dense_model(run: Run) -> Model:
+    """The model to prune. A masked one is made compact first, so that its masks need no further care."""
+    model = load_model(dense_dir(run))
+    if model.masks is None:
+        return model
+    dims, params = reshape(model.params, model.masks, model.dims)
+    return Model(dims, params, info=model.info)
 
 
 def need(run: Run, name: str) -> StageDir:

@@ -6,15 +6,15 @@ from nvit_jax import latency, report
 from nvit_jax.api import load_model
 from nvit_jax.checkpoint import write_json
 from nvit_jax.dims import count_macs, count_params
-from nvit_jax.parallel import Parallel
+from nvit_jax.parallel import Parallel, is_main
 from nvit_jax.ranking import group_sizes
-from nvit_jax.stages.common import Run, compute_dtype, dense_dir, evaluator, load_data, need
+from nvit_jax.stages.common import Run, compute_dtype, dense_model, evaluator, load_data, need
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
     """Fit a latency model of this device for models like the dense one."""
     c = run.config
-    dims = load_model(dense_dir(run)).dims
+    dims = dense_model(run).dims
     sizes = group_sizes(c.prune.profile)
     total = 2 + c.latency.models + c.latency.checks + c.latency.repeats
     done = 0
@@ -45,11 +45,10 @@ def measure_latency(run: Run) -> dict[str, Any]:
 def evaluate_models(run: Run) -> dict[str, Any]:
     """Accuracy, size and latency of every model of the run, measured side by side. Writes summary.json."""
     c = run.config
-    directories = {"dense": dense_dir(run)}
+    found = {"dense": dense_model(run)}
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
-            directories[name] = run.workdir / stage / "model"
-    found = {name: load_model(directory) for name, directory in directories.items()}
+            found[name] = load_model(run.workdir / stage / "model")
     dataset = load_data(run, found["dense"].dims)
     parallel = Parallel.create(c.parallel)
     times = latency.measure(
@@ -57,8 +56,8 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     )
     summary, last = {}, {}
     for (name, model), ms in zip(found.items(), times, strict=True):
-        val = evaluator(model.dims, dataset, c.eval.split, parallel, c.eval.batch, compute_dtype(c))
-        scores = val(parallel.replicate(model.params), None if model.masks is None else parallel.replicate(model.masks))
+        score = evaluator(model.dims, dataset, c.eval.split, parallel, c.eval.batch, compute_dtype(c))
+        scores = score(parallel.replicate(model.params), None)
         summary[name] = {
             "top1": scores["top1"],
             "top5": scores["top5"],
@@ -76,7 +75,8 @@ def evaluate_models(run: Run) -> dict[str, Any]:
         }
     write_json(run.workdir / "summary.json", summary)
     run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")
-    print(report.text_table(summary))
+    if is_main():
+        print(report.text_table(summary))
     return last
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, latency, models, optim, prune, ranking, saliency
-from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.api import Model, save_model
 from nvit_jax.checkpoint import read_json
+from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
@@ -21,12 +22,12 @@ from nvit_jax.stages.common import (
     Run,
     compute_dtype,
     dense_dir,
+    dense_model,
     evaluator,
     load_data,
     matmul_precision,
     model_info,
 )
-from nvit_jax.workdir import STAGES
 
 
 def _policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
@@ -72,7 +73,7 @@ def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
 def prune_model(run: Run) -> dict[str, Any]:
     """Score, rank, mask and train until the targets hold; cut the masks out; check and measure the compact model."""
     c, p, stage = run.config, run.config.prune, run.stage
-    dense = load_model(dense_dir(run))
+    dense = dense_model(run)
     dims = dense.dims
     dataset = load_data(run, dims)
     predict = _latency_model(run, dims)
@@ -159,7 +160,7 @@ def _prune(
     score_step = parallel.compile(
         prune.make_score_step(dims, p.criterion, _criterion(p), p.score.loss, objective, remat=p.score.remat)
     )
-    masks = full_masks(dims) if dense.masks is None else dense.masks
+    masks = full_masks(dims)
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
     if (found := stage.saver.restore(state, stage.say)) is not None:
         restored = found[1]

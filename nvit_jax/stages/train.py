@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim
 from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.config import STAGES
 from nvit_jax.dims import ViTDims, count_macs, count_params, preset
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
@@ -14,14 +15,13 @@ from nvit_jax.parallel import Parallel
 from nvit_jax.stages.common import (
     Run,
     compute_dtype,
-    dense_dir,
+    dense_model,
     evaluator,
     load_data,
     matmul_precision,
     model_info,
     need,
 )
-from nvit_jax.workdir import STAGES
 
 
 def _dims_from_config(vit: ConfigDict) -> ViTDims:
@@ -129,7 +129,7 @@ def finetune(run: Run) -> dict[str, Any]:
     objective = Objective(
         label_weight=s.label_weight, kl_weight=s.kl_weight, tau=s.tau, kl_per_head=True, smoothing=s.smoothing
     )
-    teacher = load_model(dense_dir(run)) if objective.needs_teacher else None
+    teacher = dense_model(run) if objective.needs_teacher else None
     params = models.init(pruned.dims, jax.random.key(c.seed)) if s.from_scratch else pruned.params
     trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher)
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}

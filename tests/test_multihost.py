@@ -1,0 +1,79 @@
+"""Two processes of two devices end with what one process of four ends with."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import nvit_jax
+from nvit_jax.groups import flatten
+
+ARGUMENTS = [
+    "--config=tests/tiny.py",
+    "--config.stages=('pretrain','prune','finetune','eval','report')",
+    "--config.pretrain.epochs=1",
+    "--config.finetune.epochs=1",
+    "--config.prune.interval=2",
+]
+
+
+def start(workdir: pathlib.Path, devices: int, *more: str) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def pair(workdir: pathlib.Path, *more: str) -> list[tuple[int, str]]:
+    """Both processes' exit codes and outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    processes = [start(workdir, 2, *flags, f"--process_id={i}", *more) for i in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """Of one process, and of two."""
+    one, two = (tmp_path_factory.mktemp(name) / "W" for name in ("one", "two"))
+    process = start(one, 4)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    for code, output in pair(two):
+        assert code == 0, output
+    return one, two
+
+
+def test_the_same_models_and_logs(workdirs):
+    one, two = workdirs
+    for name in ("pretrain/model", "prune/masked", "prune/model", "finetune/model"):
+        a, b = (nvit_jax.load_model(place / name) for place in (one, two))
+        assert a.dims == b.dims
+        for (path, x), (_, y) in zip(flatten(a.params), flatten(b.params), strict=True):
+            # The all-reduce between processes sums in another order; Adam carries that on for some 30 steps.
+            np.testing.assert_allclose(y, x, rtol=0, atol=1e-4 * max(1.0, np.abs(x).max()), err_msg=f"{name} {path}")
+    histories = [(place / "prune" / "history.jsonl").read_text().splitlines() for place in workdirs]
+    for x, y in zip(*histories, strict=True):
+        assert json.loads(x)["removed"] == json.loads(y)["removed"]
+    summaries = [json.loads((place / "summary.json").read_text()) for place in workdirs]
+    for name in ("dense", "pruned", "finetuned"):
+        assert summaries[1][name]["images"] == 360
+        assert summaries[1][name]["top1"] == pytest.approx(summaries[0][name]["top1"], abs=1 / 360)
+    assert (two / "report.html").exists()
+
+
+def test_a_mistake_ends_both(workdirs):
+    _, two = workdirs
+    for code, output in pair(two, "--stage=pretrain", "--config.pretrain.learning_rate=1"):
+        assert code == 2 and "Traceback" not in output, output
