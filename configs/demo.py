@@ -22,11 +22,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.pretrain.ema = 0.98
     c.pretrain.save_every = 200
 
-    c.latency.models = 12
+    c.latency.models = 16
     c.latency.checks = 3
 
     c.prune.target.macs_ratio = 0.5
-    c.prune.target.latency_ratio = 0.6  # by prediction, so that the measured ratio holds 0.65
+    c.prune.target.latency_ratio = 0.56  # predicted, which is up to a tenth low here; measured, 0.65 holds
     c.prune.steps = 3
     c.prune.interval = 40
     c.prune.ema = 0.5

@@ -107,21 +107,22 @@ def measure(all_dims: Sequence[ViTDims], *, batch: int, dtype: str, repeats: int
 
 
 def random_dims(dims: ViTDims, sizes: Mapping[str, int], rng: np.random.Generator) -> ViTDims:
-    """Uniform widths between a quarter of the model's and its own, in steps of the group sizes."""
+    """Ragged widths as pruning leaves them, in steps of the group sizes.
 
-    def draw(width: int, size: int) -> int:
-        steps = width // size
-        return int(rng.integers(max(steps // 4, 1), steps + 1)) * size if steps else width
+    For each kind a fraction is drawn between a quarter and all of the width, and the blocks vary around it.
+    """
+    field = {"head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
 
-    n = dims.depth
-    return dataclasses.replace(
-        dims,
-        embed=draw(dims.embed, sizes["embed"]),
-        heads=(draw(max(dims.heads), 1),) * n,
-        qk=(draw(max(dims.qk), sizes["qk"]),) * n,
-        v=(draw(max(dims.v), sizes["v"]),) * n,
-        mlp=(draw(max(dims.mlp), sizes["mlp"]),) * n,
-    )
+    def around(fraction: float, width: int, size: int) -> int:
+        steps = round(width * fraction / size)
+        return min(max(steps, 1) * size, width)
+
+    changed: dict[str, Any] = {"embed": around(rng.uniform(0.25, 1), dims.embed, sizes["embed"])}
+    for kind, name in field.items():
+        centre, size = rng.uniform(0.25, 1), 1 if kind == "head" else sizes[kind]
+        spread = np.clip(centre + rng.uniform(-0.25, 0.25, dims.depth), 0.1, 1)
+        changed[name] = tuple(around(f, w, size) for f, w in zip(spread, getattr(dims, name), strict=True))
+    return dataclasses.replace(dims, **changed)
 
 
 def fit(
