@@ -90,7 +90,9 @@ def default_config() -> ConfigDict:
     c.finetune = _training(epochs=300.0, learning_rate=2e-4)
     c.finetune.kl_weight = 0.0
     c.finetune.tau = 20.0
-    c.finetune.from_scratch = False  # the pruned dims from random weights
+    c.finetune.from_scratch = False  # the pruned dims from random weights, drawn with:
+    c.finetune.init_std = c.vit.get_ref("init_std")
+    c.finetune.position_std = c.vit.get_ref("position_std")
 
     c.eval = ConfigDict()
     c.eval.batch = 256

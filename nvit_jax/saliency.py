@@ -254,8 +254,8 @@ def taylor(
 def magnitude(
     loss: Loss | None, params: Params, masks: Units, batch: Batch | None = None, key: jax.Array | None = None, **_: Any
 ) -> Units:
-    """Sum of squares of all kernel entries that go with a unit. A baseline."""
-    squares = jax.tree.map(jnp.square, params)
+    """Sum of squares of the kernel entries that go with a unit and are still there. A baseline."""
+    squares = jax.tree.map(lambda p, kept: jnp.square(p) * kept, params, groups.expand(normalize(masks), params))
     return _masked(_sum_units(squares, masks, lambda kind, name: name.endswith("kernel")), masks)
 
 

@@ -165,7 +165,7 @@ class StageDir:
         if not self.main:
             return
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)  # after a resume
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

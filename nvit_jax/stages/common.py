@@ -89,9 +89,10 @@ def evaluator(
     return run
 
 
-def model_info(dataset: data.Dataset, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What model.json says beside the dims."""
+def model_info(dataset: data.Dataset, variant: str | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What model.json says beside the dims; `variant` is the preset the model comes from, if any."""
     return {
+        "variant": variant,
         "preprocessing": dataset.preprocessing.to_json(),
         "classes": list(dataset.classes),
         "provenance": {"nvit_jax": nvit_jax.__version__} | dict(provenance),

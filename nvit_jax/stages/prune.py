@@ -125,7 +125,7 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
     if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
         raise RuntimeError(f"the compact model differs from the masked one by {difference}")
     facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
-    info = model_info(dataset, facts | {"from": str(dense_dir(run))})
+    info = model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
     save_model(stage.path / "masked", Model(dims, params, masks, info))
     save_model(stage.path / "model", Model(compact_dims, compact, info=info))
     return compact_dims, difference
@@ -175,7 +175,10 @@ def _prune(
     def score(train: distill.TrainState, pruning: int) -> Any:
         total: Any = None
         for i in range(p.score.batches):
-            batch = parallel.shard(score_stream(pruning * p.score.batches + i))
+            number = pruning * p.score.batches + i
+            batch = score_stream(number)
+            batch["index"] = batch["index"] + number * p.score.batch  # its own probes and drawn labels
+            batch = parallel.shard(batch)
             part = jax.tree.map(lambda s: np.asarray(s, np.float64), score_step(distill.Inputs(train, teacher), batch))
             total = part if total is None else jax.tree.map(np.add, total, part)
         return jax.tree.map(lambda s: s / p.score.batches, total)

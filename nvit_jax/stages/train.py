@@ -114,7 +114,7 @@ def pretrain(run: Run) -> dict[str, Any]:
     params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
     objective = Objective(label_weight=s.label_weight, smoothing=s.smoothing)
     trained, metrics = _fit_stage(run, s, dims, params, dataset, objective, None)
-    info = model_info(dataset, {"stage": "pretrain", "seed": c.seed})
+    info = model_info(dataset, c.vit.preset, {"stage": "pretrain", "seed": c.seed})
     save_model(run.stage.path / "model", Model(dims, trained, info=info))
     run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
     return metrics | {"dims": dims.to_json(), "params": count_params(dims), "macs": count_macs(dims)}
@@ -130,7 +130,9 @@ def finetune(run: Run) -> dict[str, Any]:
         label_weight=s.label_weight, kl_weight=s.kl_weight, tau=s.tau, kl_per_head=True, smoothing=s.smoothing
     )
     teacher = dense_model(run) if objective.needs_teacher else None
-    params = models.init(pruned.dims, jax.random.key(c.seed)) if s.from_scratch else pruned.params
+    params = pruned.params
+    if s.from_scratch:
+        params = models.init(pruned.dims, jax.random.key(c.seed), std=s.init_std, position_std=s.position_std)
     trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher)
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
     save_model(run.stage.path / "model", Model(pruned.dims, trained, info=info))
