@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ def save_model(directory: str | pathlib.Path, model: Model) -> None:
 def load_model(directory: str | pathlib.Path) -> Model:
     """Read a MODEL_DIR. UserError when it is missing, damaged, or its arrays do not fit its dims."""
     path = pathlib.Path(directory)
+    checkpoint.recover(path)
     if not path.is_dir():
         raise UserError(
             f"{path} is not a model directory: {'not a directory' if path.exists() else 'it does not exist'}"
@@ -60,7 +62,7 @@ def load_model(directory: str | pathlib.Path) -> Model:
     info = checkpoint.read_json(path / "model.json")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(f"{path / 'model.json'}: not a model of format {FORMAT}")
-    dims = ViTDims.from_json(info.pop("dims"))
+    dims = ViTDims.from_json(info.pop("dims", {}))
     params = checkpoint.load_arrays(path / "params")
     _check_params(params, dims, str(path / "params"))
     masks = None
@@ -68,7 +70,7 @@ def load_model(directory: str | pathlib.Path) -> Model:
         try:
             with np.load(path / "masks.npz", allow_pickle=False) as arrays:
                 masks = check_masks(Units(**{name: arrays[name] for name in arrays.files}), dims)
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path / 'masks.npz'} is missing or damaged: {error}") from error
     info.pop("format")
     return Model(dims, params, masks, info)

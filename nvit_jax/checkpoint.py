@@ -27,7 +27,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
-def _saving(path: Path) -> Iterator[None]:
+def saving(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into one line; what stood at `path` before is still there."""
     try:
         yield
@@ -47,7 +47,7 @@ def write_text(path: Path, text: str) -> None:
     """Write beside and rename; the main process alone does."""
     if not is_main():
         return
-    with _saving(path):
+    with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.tmp")
         try:
@@ -81,8 +81,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     With several processes all of them enter: arrays are saved by all through Orbax, other files by the main one.
     """
-    with _saving(path):
+    with saving(path):
         beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+        recover(path)
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(beside, ignore_errors=True)
@@ -101,6 +102,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         finally:
             if is_main():
                 shutil.rmtree(beside, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Put back what `new_directory` had moved aside when it was killed between its two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if not path.exists() and old.is_dir() and is_main():
+        os.replace(old, path)
 
 
 def save_arrays(path: Path, tree: Any) -> None:
@@ -126,6 +134,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def fingerprint(path: Path) -> str:
+    """Of the content of a file, or of all files below a directory."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    value = 0
+    for file in files:
+        value = zlib.crc32(file.read_bytes(), value)
+    return f"{value:08x}"
+
+
 def _checksum(tree: Any) -> int:
     value = 0
     for leaf in jax.tree.leaves(tree):
@@ -138,7 +155,7 @@ class StateSaver:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with _saving(directory):
+        with saving(directory):
             directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -148,7 +165,7 @@ class StateSaver:
     def save(self, step: int, state: Any) -> None:
         """UserError when there is no space; older states stay."""
         host = jax.tree.map(np.asarray, jax.device_get(state))
-        with _saving(self.directory / str(step)):
+        with saving(self.directory / str(step)):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -159,15 +176,27 @@ class StateSaver:
     def restore(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
         """(step, state) of the newest undamaged state with the structure of `like`, None when there is none.
 
-        A damaged one is named through `say` and deleted, so that its step can be saved again.
+        A damaged one is named through `say` and put aside, so that its step can be saved again. UserError when all
+        are damaged, or one may not be read.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        aside = self.directory.with_name(f"{self.directory.name}.damaged")
+        for step in steps:
+            place = self.directory / str(step)
             try:
                 return step, self._restore_one(step, like)
+            except (PermissionError, MemoryError) as error:
+                raise UserError(f"{place} cannot be read: {_first_line(error)}") from error
             except Exception as error:  # see load_arrays
-                say(f"checkpoint {self.directory / str(step)} is damaged ({_first_line(error)}); trying the one before")
-                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                say(f"checkpoint {place} is damaged ({_first_line(error)}); it goes to {aside}; trying the one before")
+                if is_main():
+                    aside.mkdir(exist_ok=True)
+                    shutil.rmtree(aside / str(step), ignore_errors=True)
+                    os.replace(place, aside / str(step))
+                wait_for_all(f"put aside {place}")
                 self._manager.reload()
+        if steps:
+            raise UserError(f"no saved state of {self.directory} can be read (see {aside}); --force starts anew")
         return None
 
     def _restore_one(self, step: int, like: Any) -> Any:

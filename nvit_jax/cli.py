@@ -8,13 +8,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nvit_jax.config import STAGES, check_config
+from nvit_jax.config import STAGES, check_config, default_config, flatten_config
 from nvit_jax.errors import UserError
-from nvit_jax.workdir import flatten_config
 
 
 def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     """(flags, config, stages to run). UserError for what absl and ml_collections do not accept, and bad values."""
+    unset = [a.removeprefix("--config.").removesuffix("=None") for a in argv if _unsets(a)]
+    argv = [a for a in argv if not _unsets(a)]  # ml_collections would read "None" as a value
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -33,13 +34,24 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
         raise UserError(f"--config={path}: there is no such file")
     try:
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    except Exception as error:  # whatever the user's config file raises, too
         raise UserError(_explain(str(error), argv, path)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.seed=1")
     if not values.workdir:
         raise UserError("--workdir is missing")
+    if (values.coordinator, values.processes, values.process_id) != (None, None, None) and not values.distributed:
+        raise UserError("--coordinator, --processes and --process_id go with --distributed")
     config = values.config
+    known = flatten_config(default_config())
+    for key in unset:
+        if known.get(key, "") is not None:
+            raise UserError(f"--config.{key}=None: {'it cannot be unset' if key in known else 'unknown config key'}")
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = None
     check_config(config)
     if values.stage is None:
         return values, config, tuple(config.stages)
@@ -47,6 +59,10 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
         near = difflib.get_close_matches(values.stage, STAGES, 1, 0)
         raise UserError(f"unknown stage {values.stage!r}; did you mean {near[0]!r}? There are {', '.join(STAGES)}")
     return values, config, (values.stage,)
+
+
+def _unsets(argument: str) -> bool:
+    return argument.startswith("--config.") and argument.endswith("=None")
 
 
 def _explain(message: str, argv: list[str], path: str) -> str:
@@ -62,7 +78,7 @@ def _explain(message: str, argv: list[str], path: str) -> str:
     if not hasattr(module, "get_config"):
         return f"--config={path} has no function get_config()"
     try:
-        keys = list(flatten_config(module.get_config()))
+        keys = list(flatten_config(module.get_config(*path.split(":")[1:])))
     except Exception as error:
         return f"--config={path}: get_config() fails: {type(error).__name__}: {error}"
     for argument in argv:

@@ -3,6 +3,8 @@
 Numbers that may be unset are placeholders: `--config.prune.target.macs_ratio=0.5` sets one, `=None` unsets it.
 """
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,6 +12,11 @@ from ml_collections.config_dict import placeholder
 
 from nvit_jax.errors import UserError
 
+CRITERIA = ("hvp", "obd", "fisher", "taylor", "hvp_joint", "magnitude", "random")
+MODES = ("one_shot", "gradual", "iterative")
+PROFILES = ("nvit", "cpu", "gpu", "tpu")
+SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
+SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
 STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "report")  # in order
 
 
@@ -122,6 +129,17 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
     return c
 
 
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"prune.target.macs_ratio": 0.5, ...} in JSON types."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            out |= flatten_config(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
 def check_config(c: ConfigDict) -> None:
     """UserError for a value that no stage could work with. Called once, before anything runs."""
 
@@ -129,22 +147,46 @@ def check_config(c: ConfigDict) -> None:
         if not good:
             raise UserError(f"config.{key}={value!r}: {what}")
 
+    known = flatten_config(default_config()).keys()
+    for key in flatten_config(c):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0)[0]
+            raise UserError(f"the config file sets {key!r}, which is no key; did you mean {near!r}?")
+    if missing := sorted(known - flatten_config(c).keys()):
+        raise UserError(f"the config file lacks {missing[0]!r}; start from nvit_jax.config.default_config()")
     for stage in c.stages:
         need(stage in STAGES, "stages", tuple(c.stages), f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
     need(c.dtype in ("float32", "bfloat16"), "dtype", c.dtype, 'must be "float32" or "bfloat16"')
     need(c.parallel in ("jit", "pmap"), "parallel", c.parallel, 'must be "jit" or "pmap"')
     need(c.eval.split in ("train", "val", "test"), "eval.split", c.eval.split, "must be train, val or test")
+    for section in ("pretrain", "prune", "finetune"):
+        for key in ("batch", "log_every", "save_every"):
+            need(c[section][key] > 0, f"{section}.{key}", c[section][key], "must be > 0")
     for section in ("pretrain", "finetune"):
         s = c[section]
         need(s.epochs > 0, f"{section}.epochs", s.epochs, "must be > 0")
         need(0 <= s.ema < 1, f"{section}.ema", s.ema, "must be in [0, 1)")
         need(s.eval_every % s.log_every == 0, f"{section}.eval_every", s.eval_every, "must be a multiple of log_every")
     for section in ("pretrain", "prune", "finetune"):
-        for key in ("batch", "log_every", "save_every"):
-            need(c[section][key] > 0, f"{section}.{key}", c[section][key], "must be > 0")
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
+    p = c.prune
+    for key, value, choices in (
+        ("criterion", p.criterion, CRITERIA),
+        ("mode", p.mode, MODES),
+        ("rule", p.rule, ("per_cost", "eta")),
+        ("align", p.align, ("per_head", "shared")),
+        ("profile", p.profile, PROFILES),
+        ("score.loss", p.score.loss, (None, *SCORE_LOSSES)),
+        ("score.scheme", p.score.scheme, SCHEMES),
+    ):
+        need(value in choices, f"prune.{key}", value, f"must be one of {', '.join(str(x) for x in choices)}")
+    for criterion in c.compare:
+        need(criterion in CRITERIA, "compare", tuple(c.compare), f"{criterion!r} is not one of {', '.join(CRITERIA)}")
+    for name, value in p.target.items():
+        good = value is None or (0 < value <= 1 if name.endswith("_ratio") else value > 0)
+        need(good, f"prune.target.{name}", value, "must be in (0, 1]" if name.endswith("_ratio") else "must be > 0")
     for key in ("batch", "batches", "chunk", "probes"):
         need(c.prune.score[key] > 0, f"prune.score.{key}", c.prune.score[key], "must be > 0")
     for key in ("batch", "models", "repeats"):

@@ -75,10 +75,7 @@ def load_dataset(name: str, path: str | None = None) -> Dataset:
 
 
 def _digits() -> Dataset:
-    """8x8 grey scans, 0..16. Stratified and fixed: 60 % + 20 % train, 10 % val for every choice, 20 % test.
-
-    The test split is for final numbers alone.
-    """
+    """8x8 grey scans, 0..16. Stratified and fixed: 70 % train, 10 % val (every choice), 20 % test (final numbers)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

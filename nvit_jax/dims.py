@@ -97,6 +97,8 @@ class ViTDims:
         **other: Any,
     ) -> Self:
         """All blocks alike; qk and v default to embed // heads, qk_scale to qk ** -0.5."""
+        if embed < 1 or heads < 1 or depth < 1 or (qk is not None and qk < 1):
+            raise UserError(f"dims: embed={embed}, heads={heads}, depth={depth}, qk={qk} must be at least 1")
         if (qk is None or v is None) and embed % heads:
             raise UserError(f"dims: embed {embed} is not divisible by heads {heads}; give qk and v")
         qk = embed // heads if qk is None else qk

@@ -32,6 +32,11 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_process(flag: bool) -> bool:
+    """True on every process when it is on one of them."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
 def main_decides(decide: Callable[[], bool]) -> bool:
     """The answer of the main process, on every process. When it raises UserError, so do all."""
     if jax.process_count() == 1:

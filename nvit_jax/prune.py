@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax import models
+from nvit_jax.config import MODES, SCORE_LOSSES
 from nvit_jax.dims import KINDS, Units, ViTDims, count_macs, count_params
 from nvit_jax.distill import Inputs, Monitor, Stopped, TrainState
 from nvit_jax.errors import UserError
@@ -24,8 +25,6 @@ from nvit_jax.optim import zero_removed
 from nvit_jax.ranking import Policy, Ranking, Target, rank
 from nvit_jax.saliency import check_finite
 
-MODES = ("one_shot", "gradual", "iterative")
-SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
 # Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
 # first order takes labels.
 _OWN_LOSS = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn"}
@@ -98,6 +97,8 @@ def make_score_step(
             f'prune.criterion="{name}" with prune.score.loss="kl" is 0 at the unpruned model, where the KL has no '
             'gradient; take "labels", "mix" or "drawn"'
         )
+    if loss_name == "mix" and mix.label_weight == 0 and name in ("taylor", "fisher"):
+        raise UserError(f'prune.criterion="{name}" with prune.score.loss="mix" needs prune.label_weight > 0')
     objective = {
         "labels": Objective(),
         "drawn": Objective(),

@@ -150,6 +150,9 @@ def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Co
 def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
     """The dims that are left when every group that may go has gone."""
 
+    if bad := [b for b in policy.protected if not 0 <= b < dims.depth]:
+        raise UserError(f"prune.protected: there is no block {bad[0]}; the model has {dims.depth}")
+
     def shrink(kind: str, width: int, block: int) -> int:
         if kind not in policy.kinds or (kind != "embed" and block in policy.protected):
             return width

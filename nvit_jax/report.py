@@ -49,19 +49,23 @@ def write_report(workdir: Path, path: Path) -> None:
     """Read summary.json and every stage's files under `workdir`; write the page to `path`."""
     summary = read_json(workdir / "summary.json")
     parts = [_html_table(_HEAD, table_rows(summary))]
-    if (workdir / "prune" / "metrics.json").exists():
+    if _done(workdir / "prune"):
         metrics = read_json(workdir / "prune" / "metrics.json")
         history = read_lines(workdir / "prune" / "history.jsonl")
         dense_dims = read_json(workdir / "prune" / "masked" / "model.json")["dims"]
         parts += [_prune_section(metrics), _figure(_plot_widths, dense_dims, metrics["dims"])]
         if history:
             parts += ["<h2>Along the pruning</h2>", _figure(_plot_history, history, metrics)]
-    curves = {name: read_lines(workdir / name / "log.jsonl") for name in ("pretrain", "prune", "finetune")}
+    curves = {
+        name: read_lines(workdir / name / "log.jsonl")
+        for name in ("pretrain", "prune", "finetune")
+        if _done(workdir / name)
+    }
     curves = {name: lines for name, lines in curves.items() if lines}
     if curves:
         parts += ["<h2>Training</h2>", _figure(_plot_losses, curves)]
-    others = sorted((workdir / "compare").glob("*/summary.json"))
-    if others:
+    others = [p for p in sorted((workdir / "compare").glob("*/summary.json")) if _done(p.parent / "eval")]
+    if others and "pruned" in summary:
         parts += ["<h2>The same targets, other criteria</h2>", _compare_table(summary, others, workdir)]
     config = read_json(workdir / "config.json")
     facts = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
@@ -69,6 +73,10 @@ def write_report(workdir: Path, path: Path) -> None:
     rows = [(key, repr(value)) for key, value in config["config"].items() if value is not None]
     parts.append(f"<details><summary>{len(rows)} keys</summary>{_html_table(('key', 'value'), rows)}</details>")
     write_text(path, _PAGE.format(title=html.escape(workdir.absolute().name), body="\n".join(parts)))
+
+
+def _done(stage: Path) -> bool:
+    return (stage / "stage.json").exists() and read_json(stage / "stage.json")["status"] == "done"
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax import groups
+from nvit_jax.config import SCHEMES
 from nvit_jax.dims import KINDS, Units
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
@@ -23,7 +24,6 @@ from nvit_jax.masks import normalize, unit_name
 
 Loss = Callable[[Params, Units, Batch], jax.Array]
 Mean = Callable[[Any], Any]
-SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
 
 
 def _same(tree: Any) -> Any:

@@ -15,10 +15,12 @@ from typing import Any
 import tqdm
 from tensorboardX import SummaryWriter
 
-from nvit_jax.checkpoint import StateSaver, read_json, write_json
+from nvit_jax.checkpoint import StateSaver, read_json, saving, write_json, write_text
 from nvit_jax.config import STAGES
 from nvit_jax.errors import UserError
-from nvit_jax.parallel import is_main, wait_for_all
+from nvit_jax.parallel import any_process, is_main, wait_for_all
+
+_FOLLOW = ("eval", "report")  # take in what is new; the other stages are redone only when what they read changed
 
 
 class StopSignal:
@@ -46,17 +48,6 @@ class StopSignal:
 STOP = StopSignal()
 
 
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"prune.target.macs_ratio": 0.5, ...} in JSON types."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) or hasattr(value, "items"):
-            out |= flatten_config(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
 class StageDir:
     """One stage of a run: W/<stage>/. Also the Monitor of its loops. The main process writes, Orbax with all."""
 
@@ -66,6 +57,7 @@ class StageDir:
         self._bar: Any = None
         self._saver: StateSaver | None = None
         self._writer: Any = None
+        self._resumed_at: int | None = None
         self.started = time.monotonic()
 
     # ------------------------------------------------------------------------------------ begin and finish
@@ -91,7 +83,11 @@ class StageDir:
                     f"{self.path}: this stage was {'finished' if record['status'] == 'done' else 'begun'} with other "
                     f"config keys ({shown}); set them back, use another --workdir, or redo it with --force"
                 )
-            fresh = record["inputs"] != dict(inputs)  # what it builds on was made anew
+            old_inputs = record["inputs"]
+            renewed = [k for k, v in inputs.items() if old_inputs.get(k, None if self.name in _FOLLOW else v) != v]
+            fresh = bool(renewed)
+            if fresh and record["status"] == "done":
+                self.say(f"done anew, since {', '.join(renewed)} changed")
         if record is not None and not fresh and record["status"] == "done":
             return False
         if fresh:
@@ -135,7 +131,7 @@ class StageDir:
 
     @property
     def stopping(self) -> bool:
-        return STOP.received
+        return any_process(STOP.received)  # all processes save the same step
 
     @property
     def saver(self) -> StateSaver:
@@ -154,23 +150,24 @@ class StageDir:
     def history(self, line: Mapping[str, Any]) -> None:
         """One line of history.jsonl."""
         self._append("history.jsonl", line)
-        self._scalars(line["pruning"], {f"pruning/{k}": v for k, v in line.items() if isinstance(v, float)})
+        self._scalars(line["step"], {f"pruning/{k}": v for k, v in line.items() if isinstance(v, float)})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.main:
-            with open(self.path / name, "a", encoding="utf-8") as file:
+            with saving(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self.main:
             return
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)  # after a resume
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._resumed_at)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def cut_back(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines of a log that were written after the saved state (and a half-written last one)."""
+    def cut_back(self, name: str, step: int, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines of a log that were written after the state saved at `step`, and a half-written last one."""
+        self._resumed_at = step + 1
         path = self.path / name
         if not self.main or not path.exists():
             return
@@ -179,7 +176,7 @@ class StageDir:
             with contextlib.suppress(ValueError):
                 if keep(json.loads(line)):
                     lines.append(line)
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in lines))
 
     @contextlib.contextmanager
     def progress(self, total: int | None, initial: int = 0) -> Iterator[None]:

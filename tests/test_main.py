@@ -128,6 +128,7 @@ def test_a_finished_stage_is_left_alone_and_changed_keys_are_refused(finished, c
     assert call("--workdir", workdir, "--stage", "pretrain", "--config.prune.steps=9") == 0
     assert call("--workdir", workdir, "--stage", "pretrain", "--config.pretrain.epochs=3") == 2
     assert "pretrain.epochs: 2.0 -> 3.0" in capsys.readouterr().err
+    assert (workdir / "config.json").read_text() == (finished / "config.json").read_text()
     assert (workdir / "pretrain" / "metrics.json").stat().st_mtime_ns == before
     # --force redoes it and makes the later stages stale.
     assert call("--workdir", workdir, "--stage", "prune", "--force") == 0
@@ -177,7 +178,7 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
         (["--config.prune.target.macs_ratio=0"], "must be in (0, 1]"),
         (["--config.prune.target.macs_ratio=1.5"], "must be in (0, 1]"),
         (["--config.prune.target.macs_ratio=0.01"], "smallest reachable is"),
-        (["--config.prune.criterion=guess"], "unknown criterion 'guess'"),
+        (["--config.prune.criterion=guess"], "config.prune.criterion='guess'"),
         (["--config.prune.mode=never"], "prune.mode='never'"),
         (["--config.prune.profile=phone"], "prune.profile='phone'"),
         (["--config.vit.patch=3"], "not divisible by patch"),
@@ -192,6 +193,15 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
         (["--config.model=/nowhere/model"], "it does not exist"),
         (["--config.latency.table=/nowhere/t.json"], "is missing"),
         (["surplus"], "unexpected argument"),
+        (["--config.prune.target.macs_ratio=None"], "set at least one of"),
+        (["--config.seed=None"], "cannot be unset"),
+        (["--config.prune.protected=(7,)"], "there is no block 7"),
+        (["--config.prune.score.loss=entropy"], "config.prune.score.loss='entropy'"),
+        (["--config.compare=('guess',)"], "'guess' is not one of"),
+        (["--config.pretrain.log_every=0"], "config.pretrain.log_every=0"),
+        (["--config.vit.heads=0"], "must be at least 1"),
+        (["--config.latency.batch=64"], "was measured at batch 32"),
+        (["--processes=2"], "go with --distributed"),
         (["--config.pretrain.learning_rate=1e30"], "is nan at step"),
     ],
 )
@@ -201,6 +211,7 @@ def test_mistakes_are_one_line(finished, tmp_path, capsys, arguments, words):
     in_pretrain = any(a.startswith(("--config.vit", "--config.data", "--config.pretrain")) for a in arguments)
     if not in_pretrain and "--config.model=/nowhere/model" not in arguments:
         shutil.copytree(finished / "pretrain", workdir / "pretrain")
+        shutil.copytree(finished / "latency", workdir / "latency")
     stage = [] if arguments[0] == "--stage" else ["--stage", "pretrain" if in_pretrain else "prune"]
     assert call("--workdir", workdir, *stage, *arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -247,6 +258,32 @@ def test_mistakes_with_files(finished, tmp_path, capsys, monkeypatch):
     fails(
         "--workdir", tmp_path / "W", "--stage", "prune", f"--config.model={other}", words="block_1/fc1/bias has shape"
     )
+
+
+def test_keys_are_unset_and_files_checked(tmp_path, capsys):
+    from nvit_jax.cli import parse
+
+    base = ["main.py", f"--config={ROOT / 'configs' / 'demo.py'}", f"--workdir={tmp_path}"]
+    sys.modules.pop("config_config", None)
+    _, config, _ = parse([*base, "--config.prune.target.latency_ratio=None", "--config.vit.depth=None"])
+    assert config.prune.target.latency_ratio is None and config.vit.depth is None
+    _, config, _ = parse([*base, "--config.model=None", "--config.vit.dist_token=True"])
+    assert config.model is None and config.vit.dist_token is True
+    _, config, _ = parse([*base[:1], base[1] + ":fast", base[2], "--config.prune.target.latency_ratio=0.7"])
+    assert config.pretrain.epochs == 3 and config.prune.target.latency_ratio == 0.7
+    for text, words in (
+        ("import no_such_module\n", "cannot be imported: ModuleNotFoundError"),
+        ("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})\n", "lacks"),
+        (
+            "from nvit_jax.config import default_config\n"
+            "def get_config():\n    c = default_config()\n    c.prune.stepz = 3\n    return c\n",
+            "did you mean 'prune.steps'",
+        ),
+    ):
+        (tmp_path / "c.py").write_text(text)
+        assert call("--workdir", tmp_path / "W", config=str(tmp_path / "c.py")) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1, error
 
 
 def test_npz_data_and_its_mistakes(tmp_path, capsys):

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -32,13 +33,18 @@ def start(workdir: pathlib.Path, devices: int, *more: str) -> subprocess.Popen:
     )
 
 
-def pair(workdir: pathlib.Path, *more: str) -> list[tuple[int, str]]:
-    """Both processes' exit codes and outputs."""
+def launch(workdir: pathlib.Path, *more: str) -> list[subprocess.Popen]:
+    """Two processes of one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
-    processes = [start(workdir, 2, *flags, f"--process_id={i}", *more) for i in range(2)]
+    return [start(workdir, 2, *flags, f"--process_id={i}", *more) for i in range(2)]
+
+
+def pair(workdir: pathlib.Path, *more: str) -> list[tuple[int, str]]:
+    """Both processes' exit codes and outputs."""
+    processes = launch(workdir, *more)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
@@ -71,6 +77,20 @@ def test_the_same_models_and_logs(workdirs):
         assert summaries[1][name]["images"] == 360
         assert summaries[1][name]["top1"] == pytest.approx(summaries[0][name]["top1"], abs=1 / 360)
     assert (two / "report.html").exists()
+
+
+def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):
+    workdir = tmp_path / "W"
+    more = ("--stage=pretrain", "--config.pretrain.epochs=200", "--config.pretrain.save_every=5")
+    processes = launch(workdir, *more)
+    while not any((workdir / "pretrain" / "state").glob("[0-9]*")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[1].terminate()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    steps = {output.split("stopped at step ")[1].split(";")[0] for output in outputs}
+    assert [process.returncode for process in processes] == [143, 143] and len(steps) == 1, outputs
+    assert (workdir / "pretrain" / "state" / steps.pop()).is_dir()
 
 
 def test_a_mistake_ends_both(workdirs):

@@ -78,16 +78,17 @@ def test_sigkill_anywhere(undisturbed, tmp_path, seed):
     """Kills at random moments of each stage, inside saves too; then it is let through."""
     draw = random.Random(seed)
     workdir = tmp_path / "W"
-    kills, output = 0, ""
-    for stage in ("pretrain", "prune", "finetune", "prune"):
+    killed, output = set(), ""
+    for stage in ("pretrain", "prune", "finetune"):
         process = start(workdir)
         if wait_for_a_state(process, workdir / stage / "state"):
             time.sleep(draw.uniform(0, 0.6))
-            kills += process.poll() is None
+            if process.poll() is None:
+                killed.add(stage)
         process.kill()
         output += process.communicate()[0]
     output += finish(workdir)
-    assert kills >= 2 and "resumes at step" in output, (kills, output)
+    assert killed == {"pretrain", "prune", "finetune"} and "resumes at step" in output, (killed, output)
     assert_same_run(workdir, undisturbed)
 
 
@@ -108,14 +109,13 @@ def test_sigterm_saves_and_exits(undisturbed, tmp_path):
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     """A learning rate that blows up: the step is named, and nothing after it is saved or logged."""
     workdir = tmp_path / "W"
-    process = start(
-        workdir, "--stage=pretrain", "--config.pretrain.learning_rate=1e18", "--config.pretrain.warmup_epochs=4"
-    )
+    keys = ("learning_rate=1e18", "warmup_epochs=4", "save_every=1", "log_every=1")
+    process = start(workdir, "--stage=pretrain", *(f"--config.pretrain.{key}" for key in keys))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "is nan at step" in output and "Traceback" not in output, output
     step = int(output.split("at step ")[1].split(";")[0])
-    assert all(int(p.name) < step for p in (workdir / "pretrain" / "state").glob("[0-9]*"))
-    lines = (
-        [json.loads(line) for line in (workdir / "pretrain" / "log.jsonl").read_text().splitlines()] if step > 5 else []
-    )
-    assert all(line["step"] < step and np.isfinite(line["loss"]) for line in lines)
+    states = [int(p.name) for p in (workdir / "pretrain" / "state").glob("[0-9]*")]
+    assert states and max(states) == step - 1
+    lines = [json.loads(line) for line in (workdir / "pretrain" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, step))
+    assert all(np.isfinite(line["loss"]) for line in lines)

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_params, small_dims
+from conftest import random_images, random_params, small_dims
 
-from nvit_jax import distill, optim
+from nvit_jax import distill, optim, saliency
 from nvit_jax.errors import UserError
 from nvit_jax.groups import expand, flatten
 from nvit_jax.losses import Objective, cross_entropy, kl_nvit, objective_loss
 from nvit_jax.masks import full_masks
-from nvit_jax.prune import Plan
+from nvit_jax.parallel import Parallel
+from nvit_jax.prune import Plan, make_score_step
 from nvit_jax.ranking import Target
 
 
@@ -104,6 +105,30 @@ def test_gradual_targets_fall_along_a_cubic_and_end_at_the_target():
     assert Plan(mode="one_shot").targets(0, [target]) == [target]
     with pytest.raises(UserError, match="prune.mode"):
         Plan(mode="magic")
+
+
+def test_pruning_steps_do_not_recompile():
+    """The score step that the loop calls is traced once, whatever the masks and the weights are."""
+    dims = small_dims()
+    traces = []
+
+    def counting(*arguments, **options):
+        traces.append(1)
+        return saliency.hvp(*arguments, **options)
+
+    parallel = Parallel.create("jit", tuple(jax.devices()[:1]))
+    step = parallel.compile(make_score_step(dims, "hvp", counting, "kl", Objective()))
+    params = random_params(dims, dtype=np.float32)
+    optimizer = optim.adamw(1e-3, weight_decay=0.0)
+    batch = {"image": random_images(dims, dtype=np.float32), "label": np.zeros(3, np.int32)}
+    masks = full_masks(dims)
+    for pruning in range(3):
+        masks.mlp[:, pruning] = 0
+        state = distill.new_state(params, optimizer, pruning, masks=jax.tree.map(jnp.asarray, masks))
+        index = np.arange(3, dtype=np.int32) + 3 * pruning
+        scores = step(distill.Inputs(parallel.replicate(state), params), parallel.shard(batch | {"index": index}))
+        assert (np.asarray(scores.mlp)[:, : pruning + 1] == 0).all()
+    assert len(traces) == 1
 
 
 class Recorder:

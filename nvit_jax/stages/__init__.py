@@ -9,17 +9,18 @@ import jax
 from ml_collections import ConfigDict
 
 import nvit_jax
-from nvit_jax.checkpoint import write_json
+from nvit_jax.checkpoint import fingerprint, read_json, write_json
+from nvit_jax.config import flatten_config
 from nvit_jax.errors import UserError
 from nvit_jax.latency import device_name
 from nvit_jax.parallel import is_main, main_decides
 from nvit_jax.stages import measure, prune, train
 from nvit_jax.stages.common import Run
-from nvit_jax.workdir import StageDir, check_workdir, flatten_config
+from nvit_jax.workdir import StageDir, check_workdir
 
 _COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
 SECTIONS = {  # the config sections that a stage is handed, and so the keys that it is redone for
-    "pretrain": (*_COMMON, "vit", "pretrain"),
+    "pretrain": ("seed", "data", "parallel", "dtype", "matmul_precision", "vit", "pretrain"),
     "latency": ("model", "dtype", "latency", "prune.profile"),
     "prune": (*_COMMON, "prune", "latency"),
     "finetune": (*_COMMON, "finetune"),
@@ -54,12 +55,13 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
     for name in names:
         if name not in FUNCTIONS:
             raise UserError(f"unknown stage {name!r}; there are {', '.join(FUNCTIONS)}")
-    _write_config(config, workdir)
     for name in names:
+        if name == "pretrain" and config.model and len(names) > 1:
+            continue  # the model to prune is given
         _run_stage(config, workdir, name, force=force)
         if name == "eval":
             for criterion in config.compare:
-                _compare(config, workdir, criterion, force=force)
+                _compare(config, workdir, criterion, force=force and names != ("eval",))
 
 
 def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: bool) -> None:
@@ -69,9 +71,14 @@ def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: b
     if name == "report":
         directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
     inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
+    for key in ("model", "data.path", "latency.table"):  # what the user gives stands for its content
+        value = flatten_config(handed).get(key)
+        if value and pathlib.Path(value).exists():
+            inputs[key] = fingerprint(pathlib.Path(value))
     if not main_decides(lambda: stage.begin(flatten_config(handed), inputs, force=force)):
         stage.say("finished before; --force redoes it")
         return
+    _write_config(config, handed, workdir)
     stage.finish(FUNCTIONS[name](Run(handed, stage, workdir)))
 
 
@@ -103,7 +110,11 @@ def _sections(config: ConfigDict, names: tuple[str, ...]) -> ConfigDict:
     return out
 
 
-def _write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _write_config(config: ConfigDict, handed: ConfigDict, workdir: pathlib.Path) -> None:
+    """config.json: every key as the stage that read it last was run with."""
+    path = workdir / "config.json"
+    resolved = flatten_config(config)
+    if path.exists():
+        resolved = resolved | read_json(path)["config"] | flatten_config(handed)
     versions = {"python": platform.python_version(), "jax": jax.__version__, "nvit_jax": nvit_jax.__version__}
-    resolved = {"config": flatten_config(config), "versions": versions, "device": device_name()}
-    write_json(workdir / "config.json", resolved)
+    write_json(path, {"config": resolved, "versions": versions, "device": device_name()})

@@ -61,11 +61,15 @@ def need(run: Run, name: str) -> StageDir:
     return stage
 
 
-def load_data(run: Run, dims: ViTDims) -> data.Dataset:
-    """The configured source, checked against the model."""
+def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) -> data.Dataset:
+    """The configured source, checked against the model; preprocessed as a trained model's `info` says."""
     dataset = data.load_dataset(run.config.data.name, run.config.data.path)
     data.check_fits(dataset, dims.image, dims.channels, dims.classes)
-    return dataset
+    facts = (info or {}).get("preprocessing")
+    if facts is None:
+        return dataset
+    preprocessing = data.Preprocessing(facts["size"], facts["scale"], tuple(facts["mean"]), tuple(facts["std"]))
+    return dataclasses.replace(dataset, preprocessing=preprocessing)
 
 
 def compute_dtype(config: ConfigDict) -> Any:

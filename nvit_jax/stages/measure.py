@@ -49,7 +49,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
             found[name] = load_model(run.workdir / stage / "model")
-    dataset = load_data(run, found["dense"].dims)
+    dataset = load_data(run, found["dense"].dims, found["dense"].info)
     parallel = Parallel.create(c.parallel)
     times = latency.measure(
         [m.dims for m in found.values()], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats

@@ -65,6 +65,12 @@ def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
         raise UserError(f"{path} is not what a latency stage writes ({error!r})") from error
     if measured != dims:
         raise UserError(f"{path} was measured for another model; redo it with --stage latency --force")
+    c = run.config
+    if (model.batch, model.dtype) != (c.latency.batch, c.dtype):
+        raise UserError(
+            f"{path} was measured at batch {model.batch} in {model.dtype}, the config says {c.latency.batch} in "
+            f"{c.dtype}; redo it with --stage latency --force"
+        )
     if model.device != latency.device_name():
         run.stage.say(f"warning: latency was measured on {model.device}, this is {latency.device_name()}")
     return model
@@ -75,7 +81,7 @@ def prune_model(run: Run) -> dict[str, Any]:
     c, p, stage = run.config, run.config.prune, run.stage
     dense = dense_model(run)
     dims = dense.dims
-    dataset = load_data(run, dims)
+    dataset = load_data(run, dims, dense.info)
     predict = _latency_model(run, dims)
     policy = _policy(p, predict)
     targets = ranking.make_targets(dict(p.target), dims, predict)
@@ -167,8 +173,8 @@ def _prune(
         state = prune.PruneState(distill.TrainState(*restored[0]), Units(*restored[1]), *restored[2:])
         stage.say(f"resumes at step {int(state.train.step)} after {int(state.prunings)} prunings")
     first, prunings = int(state.train.step), int(state.prunings)
-    stage.cut_back("log.jsonl", lambda line: line["step"] <= first)
-    stage.cut_back("history.jsonl", lambda line: line["pruning"] <= prunings)
+    stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
+    stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
     teacher = parallel.replicate(dense.params)
     val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c))
 

@@ -77,7 +77,7 @@ def _fit_stage(
         state = distill.TrainState(*found[1])
         stage.say(f"resumes at step {found[0]}")
     first = int(state.step)
-    stage.cut_back("log.jsonl", lambda line: line["step"] <= first)
+    stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     state = parallel.replicate(state)
     compiled = parallel.compile(step)
     teacher_params = None if teacher is None else parallel.replicate(teacher.params)
@@ -125,7 +125,7 @@ def finetune(run: Run) -> dict[str, Any]:
     c, s = run.config, run.config.finetune
     need(run, "prune")
     pruned = load_model(run.workdir / "prune" / "model")
-    dataset = load_data(run, pruned.dims)
+    dataset = load_data(run, pruned.dims, pruned.info)
     objective = Objective(
         label_weight=s.label_weight, kl_weight=s.kl_weight, tau=s.tau, kl_per_head=True, smoothing=s.smoothing
     )
