@@ -15,6 +15,8 @@ from conftest import ROOT
 import nvit_jax
 from nvit_jax.groups import flatten
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = [
     "--config=tests/tiny.py",
     "--config.stages=('pretrain','prune','finetune','eval','report')",
@@ -67,8 +69,13 @@ def test_the_same_models_and_logs(workdirs):
         a, b = (nvit_jax.load_model(place / name) for place in (one, two))
         assert a.dims == b.dims
         for (path, x), (_, y) in zip(flatten(a.params), flatten(b.params), strict=True):
-            # The all-reduce between processes sums in another order; Adam carries that on for some 30 steps.
-            np.testing.assert_allclose(y, x, rtol=0, atol=1e-4 * max(1.0, np.abs(x).max()), err_msg=f"{name} {path}")
+            # The all-reduce between processes sums in another order: 1e-5 of the largest weight. The
+            # bias of the keys has no gradient (softmax does not see it): Adam makes steps of what is rounding there.
+            if not path.endswith("k/bias"):
+                np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=f"{name} {path}")
+        images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
+        logits = np.asarray(a.apply(a.params, images))
+        np.testing.assert_allclose(b.apply(b.params, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
     histories = [(place / "prune" / "history.jsonl").read_text().splitlines() for place in workdirs]
     for x, y in zip(*histories, strict=True):
         assert json.loads(x)["removed"] == json.loads(y)["removed"]
