@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.latency.checks = 3
 
     c.prune.target.macs_ratio = 0.5
-    c.prune.target.latency_ratio = 0.56  # predicted, which is up to a tenth low here; measured, 0.65 holds
+    c.prune.target.latency_ratio = 0.58  # predicted, which is up to a tenth low here; measured, 0.65 holds
     c.prune.steps = 3
     c.prune.interval = 40
     c.prune.ema = 0.5
@@ -38,7 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.finetune.epochs = 15.0
     c.finetune.warmup_epochs = 1.0
     c.finetune.learning_rate = 1e-3
-    c.finetune.kl_weight = 10.0
+    c.finetune.dropout = 0.1
+    c.finetune.ema = 0.98
+    c.finetune.kl_weight = 40.0
     c.finetune.tau = 2.0
     c.finetune.save_every = 200
 
