@@ -82,7 +82,7 @@ def test_sigkill_anywhere(undisturbed, tmp_path, seed):
     for stage in ("pretrain", "prune", "finetune"):
         process = start(workdir)
         if wait_for_a_state(process, workdir / stage / "state"):
-            time.sleep(draw.uniform(0, 0.6))
+            time.sleep(draw.uniform(0, 0.3))
             if process.poll() is None:
                 killed.add(stage)
         process.kill()
