@@ -33,8 +33,14 @@ def batch(size=8):
 
 
 def close(a, b, tolerance=1e-5):
-    """Within `tolerance` of the largest value: the shards' sums run in another order."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    """Within `tolerance` of an array's largest value: the shards' sums run in another order.
+
+    Left out is the bias of the keys: softmax does not see it, its gradient is nothing but rounding (1e-10).
+    """
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(a)]
+    for path, x, y in zip(paths, jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if "['k']['bias']" in path:
+            continue
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(initial=0), 1e-30))
 
