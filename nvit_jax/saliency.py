@@ -7,7 +7,7 @@ Scores of removed units are 0.
 
 Probing (tests/ablations/probing.py; the demo's model, 2,392 units, 256 images, KL, one draw). Rank correlation with the
 exact diagonal, and products: all gates at once 0.12 (1), 0.33 (16), 0.50 (64); per kind 0.31 (5), 0.66 (80); per block
-0.26 (7), 0.54 (56); per kind in a block 0.50 (25), 0.72 (100); chunks of 16 units, the default, 0.84 (154); exact 2,392.
+0.26 (7), 0.54 (56); kind in a block 0.50 (25), 0.72 (100); chunks of 16 units, the default, 0.84 (154); exact (2,392).
 The variance of an estimate is the sum of the squared off-diagonal entries in its part, so confining probes beats
 repeating them. 0.9 was out of reach of the demo's time; a ranking by the default loses 0.007 of validation loss
 (0.189 instead of 0.182 at half of the MACs). All tangents go through one linearisation.
