@@ -34,6 +34,7 @@ SCHEMES = [  # scheme, units of a chunk, probes
     ("part", 0, 4),
     ("chunk", 64, 1),
     ("chunk", 16, 1),
+    ("chunk", 8, 1),
 ]
 
 
