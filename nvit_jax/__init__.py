@@ -8,6 +8,8 @@ _EXPORTS = {
     "Model": "api",
     "load_model": "api",
     "save_model": "api",
+    "load_classifier": "api",
+    "convert_checkpoint": "convert",
     "Units": "dims",
     "ViTDims": "dims",
     "preset": "dims",

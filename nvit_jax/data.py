@@ -6,7 +6,7 @@ Images come out of a source as uint8 or float arrays [n, image, image, channels]
 import dataclasses
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.losses import Batch
 
 SPLITS = ("train", "val", "test")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Preprocessing:
     scale: float  # the raw value that becomes 1
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int | None = None  # image files: the short side before the center crop of `size`
+    interpolation: str | None = None  # of that resizing: "bicubic" or "bilinear"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """[B, size, size, channels] raw -> float32, normalised."""
@@ -33,6 +36,16 @@ class Preprocessing:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """TypeError or KeyError when the values are not what `to_json` gives."""
+        return cls(**dict(values) | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def describe(self) -> str:
+        """In words."""
+        resize = f"short side to {self.resize} ({self.interpolation}), center crop " if self.resize else ""
+        return f"{resize}{self.size}, mean {self.mean}, std {self.std}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ head, M mlp hidden, L blocks, C classes. Compute is in MACs (multiply-accumulate
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +17,7 @@ _CHOICES = {
     "mean_over": ("patches", "all"),
     "activation": ("gelu", "gelu_tanh"),
 }
-_MINIMUM = {"registers": 0, "pre_logits": 0}
+_MINIMUM = {"registers": 0, "pre_logits": 0, "classes": 0}
 
 
 class Units(NamedTuple):
@@ -45,7 +44,7 @@ class ViTDims:
     image: int
     patch: int
     channels: int = 3
-    classes: int
+    classes: int  # 0: no classifier, the model's outputs are features
     embed: int
     heads: tuple[int, ...]  # [L]
     qk: tuple[int, ...]  # [L]
@@ -205,32 +204,55 @@ def count_macs(dims: ViTDims) -> int:
 _SIZES = {  # embed, depth, heads; mlp is 4 x embed
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
+    "medium": (512, 12, 8),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
 }
-_PRESET = re.compile(r"(deit|vit)_(tiny|small|base|large)(_distilled)?(_384)?")
+_FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sizes, what may follow the size
+    "deit": (("tiny", "small", "base"), ("", "_distilled")),
+    "vit": (("tiny", "small", "base", "large", "huge"), ("",)),
+    "deit3": (("small", "medium", "base", "large", "huge"), ("",)),
+    "dinov2": (("small", "base", "large"), ("", "_reg4")),
+}
 
 
 def preset_names() -> list[str]:
     """Names that `preset` takes."""
-    deit = [f"deit_{s}{d}{r}" for s in ("tiny", "small", "base") for d in ("", "_distilled") for r in ("", "_384")]
-    return deit + [f"vit_{s}{r}" for s in _SIZES for r in ("", "_384")]
+    return [
+        f"{family}_{size}{option}{image}"
+        for family, (sizes, options) in _FAMILIES.items()
+        for size in sizes
+        for option in options
+        for image in ("", "_384")[: 1 if family == "dinov2" else 2]
+    ]
 
 
 def preset(name: str, **overrides: Any) -> ViTDims:
     """Dims of a published model: "deit_base_distilled_384", "vit_large", ... `overrides` as in `ViTDims.uniform`."""
-    match = _PRESET.fullmatch(name)
-    if match is None or name not in preset_names():
+    if name not in preset_names():
         raise UserError(f"unknown model preset {name!r}; there are {', '.join(preset_names())}")
-    embed, depth, heads = _SIZES[match[2]]
+    family, size, *options = name.split("_")
+    embed, depth, heads = _SIZES[size]
     values: dict[str, Any] = {
-        "image": 384 if match[4] else 224,
-        "patch": 16,
+        "image": 384 if "384" in options else 224,
+        "patch": 14 if size == "huge" else 16,
         "classes": 1000,
         "embed": embed,
         "depth": depth,
         "heads": heads,
         "mlp": 4 * embed,
-        "dist_token": bool(match[3]),
+        "dist_token": "distilled" in options,
     }
+    if family == "deit3":
+        values |= {"layer_scale": True, "positions": "patches"}
+    if family == "dinov2":
+        values |= {"layer_scale": True, "image": 518, "patch": 14}
+        if "reg4" in options:
+            values |= {"registers": 4, "positions": "patches"}
     return ViTDims.uniform(**(values | overrides))
+
+
+def published_heads(embed: int, depth: int) -> int | None:
+    """Heads of the published model of this size; None when there is none."""
+    return next((h for e, n, h in _SIZES.values() if (e, n) == (embed, depth)), None)

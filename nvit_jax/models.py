@@ -125,7 +125,10 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token)."""
+    """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token).
+
+    Without classes the pooled features [B, T, D] come out.
+    """
 
     dims: ViTDims
     scan: bool
@@ -195,6 +198,8 @@ class ViT(nn.Module):
         if d.norm_after_pool:
             x = norm(x, embed)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
+        if not d.classes:
+            return x
         if d.pre_logits:
             x = jnp.tanh(dense(d.pre_logits, name="pre_logits")(x))
         logits = [dense(d.classes, name=n)(x[:, i]) for i, n in enumerate(("head", "head_dist")[: d.classifiers])]

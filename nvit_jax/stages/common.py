@@ -68,8 +68,7 @@ def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) ->
     facts = (info or {}).get("preprocessing")
     if facts is None:
         return dataset
-    preprocessing = data.Preprocessing(facts["size"], facts["scale"], tuple(facts["mean"]), tuple(facts["std"]))
-    return dataclasses.replace(dataset, preprocessing=preprocessing)
+    return dataclasses.replace(dataset, preprocessing=data.Preprocessing.from_json(facts))
 
 
 def compute_dtype(config: ConfigDict) -> Any:
