@@ -45,8 +45,12 @@ def default_config() -> ConfigDict:
     vit.position_std = 0.02  # of position embeddings
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # or "npz"
-    c.data.path = placeholder(str)
+    c.data.name = "digits"  # or "npz", "folder"
+    c.data.path = placeholder(str)  # npz: the file
+    c.data.train = placeholder(str)  # folder: DIR/class/image, for calibration and training
+    c.data.val = placeholder(str)  # folder: DIR/class/image, for evaluation
+    c.data.classes = placeholder(str)  # folder: a file with one class folder's name a line, in the order of the labels
+    c.data.holdout = placeholder(float)  # folder: this part of data.train, by hash of the file name, is data.val
 
     c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
 
@@ -68,7 +72,7 @@ def default_config() -> ConfigDict:
     # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model).
     score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher; labels for taylor
     score.batch = 256
-    score.batches = 1  # per pruning
+    score.batches = 1  # per pruning, and at most one pass over the train split
     score.scheme = "chunk"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), chunk, unit (exact)
     score.chunk = 16  # units that are probed together by "chunk"
     score.probes = 1  # hvp, obd: probes per example and confinement
@@ -91,6 +95,7 @@ def default_config() -> ConfigDict:
     prune.label_weight = 1.0
     prune.kl_weight = 0.0  # NViT: 1e5, a mean over 1,000 classes; see losses.Objective
     prune.tau = 3.0
+    prune.eval_images = 2000  # of the val split, evaluated after every pruning
     prune.log_every = 20
     prune.save_every = 100
 
@@ -191,6 +196,9 @@ def check_config(c: ConfigDict) -> None:
         need(c.prune.score[key] > 0, f"prune.score.{key}", c.prune.score[key], "must be > 0")
     for key in ("batch", "models", "repeats"):
         need(c.latency[key] > 0, f"latency.{key}", c.latency[key], "must be > 0")
+    holdout = c.data.holdout
+    need(holdout is None or 0 < holdout < 1, "data.holdout", holdout, "must be between 0 and 1")
+    need(c.prune.eval_images > 0, "prune.eval_images", c.prune.eval_images, "must be > 0")
     need(c.eval.batch > 0, "eval.batch", c.eval.batch, "must be > 0")
     need(
         c.prune.tau > 0 and c.finetune.tau > 0, "prune.tau, finetune.tau", (c.prune.tau, c.finetune.tau), "must be > 0"

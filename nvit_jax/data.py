@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nvit_jax.errors import UserError
+from nvit_jax.images import ImageFiles, held_out, list_folder, read_classes
 from nvit_jax.losses import Batch
 
 SPLITS = ("train", "val", "test")
@@ -52,7 +53,7 @@ class Preprocessing:
 class Split:
     """Images and labels of one split, in memory."""
 
-    images: np.ndarray  # [n, image, image, channels], raw
+    images: np.ndarray | ImageFiles  # [n, image, image, channels], raw; files are read when indexed
     labels: np.ndarray  # [n] int32
 
     def __len__(self) -> int:
@@ -66,24 +67,47 @@ class Dataset:
     splits: dict[str, Split]
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    overlap: int = 0  # images of val that are in train, too
+
+    def split(self, name: str) -> Split:
+        """UserError when the source has no such split."""
+        if name not in self.splits:
+            raise UserError(f"the data has no {name} split; there are {', '.join(self.splits)} (config.data)")
+        return self.splits[name]
 
 
-def load_dataset(name: str, path: str | None = None) -> Dataset:
-    """ "digits" (1,797 scans that come with scikit-learn) or "npz" (arrays in a file of the user's).
+def load_dataset(
+    name: str,
+    path: str | None = None,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    classes: str | None = None,
+    holdout: float | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Dataset:
+    """ "digits" (1,797 scans that come with scikit-learn), "npz" (arrays in the file `path`), or "folder".
 
-    Raises UserError for an unknown name, a file that cannot be read, an empty split or a single class.
+    "folder" reads train/CLASS/IMAGE and val/CLASS/IMAGE; `classes` is a file whose line number is the label.
+    With `holdout` that fraction of train, chosen by hash of the file name, is val. Images are resized and cropped
+    as `preprocessing` says. Raises UserError for an unknown name, a file that cannot be read, an empty split or a
+    single class.
     """
     if name == "digits":
         data = _digits()
     elif name == "npz":
         data = _npz(path)
+    elif name == "folder":
+        data = _folder(train, val, classes, holdout, preprocessing)
     else:
-        raise UserError(f'data.name={name!r} is not "digits" or "npz"')
+        raise UserError(f'data.name={name!r} is not "digits", "npz" or "folder"')
     for split_name, split in data.splits.items():
         if not len(split):
-            raise UserError(f"data: the {split_name} split of {path or name} is empty")
-    if len(np.unique(data.splits["train"].labels)) < 2:
-        raise UserError(f"data: the train split of {path or name} has one class; there is nothing to tell apart")
+            raise UserError(f"data: the {split_name} split of {path or train or name} is empty")
+    if "train" in data.splits and len(np.unique(data.splits["train"].labels)) < 2:
+        raise UserError(
+            f"data: the train split of {path or train or name} has one class; there is nothing to tell apart"
+        )
     return data
 
 
@@ -132,9 +156,58 @@ def _npz(path: str | None) -> Dataset:
     return Dataset(splits, tuple(str(i) for i in range(classes)), Preprocessing(shape[0], 255.0, half, half))
 
 
+def _folder(
+    train: str | None, val: str | None, classes: str | None, holdout: float | None, pre: Preprocessing | None
+) -> Dataset:
+    if train is None and val is None:
+        raise UserError('data.name="folder" needs --config.data.train=DIR, --config.data.val=DIR or both')
+    if classes is None:
+        raise UserError(
+            'data.name="folder" needs --config.data.classes=FILE.tsv, one class folder\'s name a line in the order of '
+            "the model's labels; the folders that happen to be there do not tell them"
+        )
+    if holdout is not None and (train is None or val not in (None, train)):
+        raise UserError("config.data.holdout splits config.data.train; leave config.data.val unset")
+    folders, names = read_classes(pathlib.Path(classes))
+    label_of = {folder: i for i, folder in enumerate(folders)}
+    pre = pre or Preprocessing(224, 255.0, IMAGENET_MEAN, IMAGENET_STD, 256, "bicubic")
+    splits, listed = {}, {}
+    for split, root in (("train", train), ("val", val if holdout is None else train)):
+        if root is None:
+            continue
+        found = list_folder(pathlib.Path(root), f"data.{split}")
+        if unknown := sorted(found.keys() - label_of.keys()):
+            raise UserError(f"config.data.{split}={root}: the folder {unknown[0]!r} is no class of {classes}")
+        files = [file for names in found.values() for file in names]
+        if holdout is not None:
+            files = [file for file in files if held_out(file, holdout) == (split == "val")]
+        images = ImageFiles(
+            pathlib.Path(root),
+            files,
+            resize=pre.resize or pre.size,
+            size=pre.size,
+            interpolation=pre.interpolation or "bicubic",
+            channels=len(pre.mean),
+        )
+        labels = np.array([label_of[file.split("/")[0]] for file in files], np.int32)
+        splits[split] = Split(images, labels)
+        listed[split] = {(file, (pathlib.Path(root) / file).stat().st_size) for file in files}
+    overlap = len(listed.get("train", set()) & listed.get("val", set()))
+    return Dataset(splits, names, pre, overlap)
+
+
+def some(split: Split, count: int | None) -> Split:
+    """At most `count` images, evenly spread over the split (which may be sorted by class); None is all."""
+    if count is None or count >= len(split):
+        return split
+    index = np.linspace(0, len(split) - 1, count).round().astype(int)
+    images = split.images.take(index) if isinstance(split.images, ImageFiles) else split.images[index]
+    return Split(images, split.labels[index])
+
+
 def check_fits(data: Dataset, image: int, channels: int, classes: int) -> None:
     """UserError when a model cannot read these images or tell these classes."""
-    shape = data.splits["train"].images.shape[1:]
+    shape = next(iter(data.splits.values())).images.shape[1:]
     if shape != (image, image, channels):
         raise UserError(f"the model takes images {(image, image, channels)}, the data has {shape}")
     if len(data.classes) > classes:

@@ -39,11 +39,20 @@ def make_eval_step(forward: Forward, parallel: Parallel) -> Callable[[Any, Any],
     return run
 
 
-def evaluate(step: Callable[[Any, Any], dict[str, jax.Array]], state: Any, batches: Iterable[Any]) -> dict[str, Any]:
-    """{"top1", "top5", "loss"} as means over "images" examples. top1 and top5 are fractions in [0, 1]."""
+def evaluate(
+    step: Callable[[Any, Any], dict[str, jax.Array]],
+    state: Any,
+    batches: Iterable[Any],
+    advance: Callable[[int], None] = lambda images: None,
+) -> dict[str, Any]:
+    """{"top1", "top5", "loss"} as means over "images" examples. top1 and top5 are fractions in [0, 1].
+
+    `advance` is told how many images are done.
+    """
     total = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "images": 0.0}
     for batch in batches:
         sums = step(state, batch)
         total = {name: total[name] + float(np.asarray(sums[name])) for name in total}
+        advance(round(total["images"]))
     images = round(total["images"])
     return {name: total[name] / images for name in ("top1", "top5", "loss")} | {"images": images}

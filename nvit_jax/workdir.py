@@ -73,6 +73,7 @@ class StageDir:
         With several processes the main one begins and tells the others.
         """
         record = self.record()
+        extends = False
         fresh = record is None or record["status"] == "stale" or force or self._nothing_yet(record)
         if record is not None and not fresh:
             old = record["keys"]
@@ -86,12 +87,14 @@ class StageDir:
             old_inputs = record["inputs"]
             renewed = [k for k, v in inputs.items() if old_inputs.get(k, None if self.name in _FOLLOW else v) != v]
             fresh = bool(renewed)
+            extends = fresh and self.name in _FOLLOW  # what it has found out about the rest still holds
             if fresh and record["status"] == "done":
                 self.say(f"done anew, since {', '.join(renewed)} changed")
         if record is not None and not fresh and record["status"] == "done":
             return False
         if fresh:
-            shutil.rmtree(self.path, ignore_errors=True)
+            if not extends:
+                shutil.rmtree(self.path, ignore_errors=True)
             if record is not None:
                 self._mark_later_stale()
         if fresh:

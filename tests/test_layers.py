@@ -9,7 +9,7 @@ import nvit_jax
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors torch_vit torch_regnet",
-    "dims losses parallel config weights layouts",
+    "dims losses parallel config weights layouts images",
     "checkpoint groups data evaluate canonical positions",
     "workdir masks models teachers interchange",
     "report optim saliency ranking latency detect",

@@ -47,6 +47,8 @@ def dense_dir(run: Run) -> pathlib.Path:
 def dense_model(run: Run) -> Model:
     """The model to prune. A masked one is made compact first, so that its masks need no further care."""
     model = load_model(dense_dir(run))
+    if not model.dims.classes:
+        raise UserError(f"{dense_dir(run)} has no classifier; convert it with --classes N and train it")
     if model.masks is None:
         return model
     dims, params = reshape(model.params, model.masks, model.dims)
@@ -63,12 +65,22 @@ def need(run: Run, name: str) -> StageDir:
 
 def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) -> data.Dataset:
     """The configured source, checked against the model; preprocessed as a trained model's `info` says."""
-    dataset = data.load_dataset(run.config.data.name, run.config.data.path)
-    data.check_fits(dataset, dims.image, dims.channels, dims.classes)
     facts = (info or {}).get("preprocessing")
-    if facts is None:
+    preprocessing = None if facts is None else data.Preprocessing.from_json(facts)
+    if preprocessing is None and run.config.data.name == "folder":
+        resize = round(dims.image * 256 / 224)
+        mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
+        preprocessing = data.Preprocessing(dims.image, 255.0, mean, std, resize, "bicubic")
+    dataset = data.load_dataset(**run.config.data.to_dict(), preprocessing=preprocessing)
+    data.check_fits(dataset, dims.image, dims.channels, dims.classes)
+    if dataset.overlap:
+        run.stage.say(
+            f"warning: {dataset.overlap} of {len(dataset.split('val'))} evaluation images are calibration images, too: "
+            "accuracies will be too high; --config.data.holdout=0.5 separates them"
+        )
+    if preprocessing is None:
         return dataset
-    return dataclasses.replace(dataset, preprocessing=data.Preprocessing.from_json(facts))
+    return dataclasses.replace(dataset, preprocessing=preprocessing)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -77,17 +89,27 @@ def compute_dtype(config: ConfigDict) -> Any:
 
 
 def evaluator(
-    dims: ViTDims, dataset: data.Dataset, split: str, parallel: Parallel, batch: int, dtype: Any
+    dims: ViTDims,
+    dataset: data.Dataset,
+    split: str,
+    parallel: Parallel,
+    batch: int,
+    dtype: Any,
+    count: int | None = None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> Callable[[Any, Any], dict[str, Any]]:
-    """(params, masks) -> top1, top5, loss, images on one split."""
-    batch = -(-min(batch, len(dataset.splits[split])) // len(parallel.devices)) * len(parallel.devices)
+    """(params, masks) -> top1, top5, loss, images on one split, or on `count` images of it.
+
+    `advance` is told how many images are done.
+    """
+    chosen = data.some(dataset.split(split), count)
+    batch = -(-min(batch, len(chosen)) // len(parallel.devices)) * len(parallel.devices)
     step = make_eval_step(lambda s, images: models.forward(dims, s[0], images, s[1], dtype=dtype), parallel)
 
     def run(params: Any, masks: Any) -> dict[str, Any]:
         rows = parallel.local_rows(batch)
-        return evaluate(
-            step, (params, masks), data.eval_batches(dataset.splits[split], dataset.preprocessing, batch, rows)
-        )
+        batches = data.eval_batches(chosen, dataset.preprocessing, batch, rows)
+        return evaluate(step, (params, masks), batches, advance)
 
     return run
 

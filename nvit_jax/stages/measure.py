@@ -1,14 +1,15 @@
 """latency, eval and report: what a model costs on this device, how good it is, and the page that says so."""
 
+import functools
 from typing import Any
 
 from nvit_jax import latency, report
 from nvit_jax.api import load_model
-from nvit_jax.checkpoint import write_json
+from nvit_jax.checkpoint import fingerprint, read_json, write_json
 from nvit_jax.dims import count_macs, count_params
 from nvit_jax.parallel import Parallel, is_main
 from nvit_jax.ranking import group_sizes
-from nvit_jax.stages.common import Run, compute_dtype, dense_model, evaluator, load_data, need
+from nvit_jax.stages.common import Run, compute_dtype, dense_dir, dense_model, evaluator, load_data, need
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
@@ -43,21 +44,44 @@ def measure_latency(run: Run) -> dict[str, Any]:
 
 
 def evaluate_models(run: Run) -> dict[str, Any]:
-    """Accuracy, size and latency of every model of the run, measured side by side. Writes summary.json."""
+    """Accuracy, size and latency of every model of the run. Writes summary.json.
+
+    A model that an earlier evaluation has scored is not scored again; latency is measured side by side, each time.
+    """
     c = run.config
-    found = {"dense": dense_model(run)}
+    found, ids = {"dense": dense_model(run)}, {"dense": fingerprint(dense_dir(run))}
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
-            found[name] = load_model(run.workdir / stage / "model")
+            found[name], ids[name] = load_model(run.workdir / stage / "model"), run.other(stage).id()
     dataset = load_data(run, found["dense"].dims, found["dense"].info)
     parallel = Parallel.create(c.parallel)
+    known_path = run.stage.path / "scores.json"
+    known = read_json(known_path) if known_path.exists() else {}
+    images = len(dataset.split(c.eval.split))
+    todo = [name for name in found if known.get(name, {}).get("id") != ids[name]]
+
+    def advance(before: int, done: int) -> None:
+        run.stage.advance(before + done, "")
+
+    with run.stage.progress(images * len(todo)):
+        for number, name in enumerate(todo):
+            score = evaluator(
+                found[name].dims,
+                dataset,
+                c.eval.split,
+                parallel,
+                c.eval.batch,
+                compute_dtype(c),
+                advance=functools.partial(advance, number * images),
+            )
+            known[name] = {"id": ids[name]} | score(parallel.replicate(found[name].params), None)
+            write_json(known_path, known)
     times = latency.measure(
         [m.dims for m in found.values()], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
     )
     summary, last = {}, {}
     for (name, model), ms in zip(found.items(), times, strict=True):
-        score = evaluator(model.dims, dataset, c.eval.split, parallel, c.eval.batch, compute_dtype(c))
-        scores = score(parallel.replicate(model.params), None)
+        scores = known[name]
         summary[name] = {
             "top1": scores["top1"],
             "top5": scores["top5"],
@@ -72,6 +96,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
             "images_per_second": 1e3 * c.latency.batch / ms,
             "device": latency.device_name(),
             "dtype": c.dtype,
+            "calibration_overlap": dataset.overlap > 0,
         }
     write_json(run.workdir / "summary.json", summary)
     run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")

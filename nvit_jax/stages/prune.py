@@ -105,6 +105,7 @@ def prune_model(run: Run) -> dict[str, Any]:
         "measured_latency_ms": compact_ms,
         "dense_latency_ms": dense_ms,
         "masked_vs_compact_max_abs_diff": difference,
+        "calibration_overlap": dataset.overlap > 0,
         "dims": compact_dims.to_json(),
         "seconds": stage.seconds(),
     }
@@ -122,7 +123,7 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
     masks = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
     params = jax.device_get(state.train.params)
     compact_dims, compact = reshape(params, masks, dims)
-    images = dataset.preprocessing(dataset.splits["val"].images[:64])
+    images = dataset.preprocessing(dataset.split("val").images[:64])
     with jax.default_matmul_precision("float32"):
         masked_logits = np.asarray(models.forward(dims, params, images, masks))
         compact_logits = np.asarray(models.forward(compact_dims, compact, images))
@@ -151,7 +152,7 @@ def _prune(
     for name, size in (("prune.batch", p.batch), ("prune.score.batch", p.score.batch)):
         parallel.check_batch(size, f"config.{name}")
     number = STAGES.index(stage.name)
-    train_split, preprocess = dataset.splits["train"], dataset.preprocessing
+    train_split, preprocess = dataset.split("train"), dataset.preprocessing
     stream = data.train_stream(train_split, preprocess, p.batch, (c.seed, number, 0), parallel.local_rows(p.batch))
     score_stream = data.train_stream(
         train_split, preprocess, p.score.batch, (c.seed, number, 1), parallel.local_rows(p.score.batch)
@@ -176,18 +177,19 @@ def _prune(
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
     teacher = parallel.replicate(dense.params)
-    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c))
+    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images)
+    batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
 
     def score(train: distill.TrainState, pruning: int) -> Any:
         total: Any = None
-        for i in range(p.score.batches):
-            number = pruning * p.score.batches + i
+        for i in range(batches):
+            number = pruning * batches + i
             batch = score_stream(number)
             batch["index"] = batch["index"] + number * p.score.batch  # its own probes and drawn labels
             batch = parallel.shard(batch)
             part = jax.tree.map(lambda s: np.asarray(s, np.float64), score_step(distill.Inputs(train, teacher), batch))
             total = part if total is None else jax.tree.map(np.add, total, part)
-        return jax.tree.map(lambda s: s / p.score.batches, total)
+        return jax.tree.map(lambda s: s / batches, total)
 
     def train(state: prune.PruneState, until: int) -> distill.TrainState:
         return distill.fit(

@@ -47,7 +47,7 @@ def _fit_stage(
     config, stage = run.config, run.stage
     parallel = Parallel.create(config.parallel)
     parallel.check_batch(section.batch, f"config.{stage.name}.batch")
-    split = dataset.splits["train"]
+    split = dataset.split("train")
     stream = data.train_stream(
         split,
         dataset.preprocessing,
