@@ -8,6 +8,7 @@ Stages, in order (all of config.stages without --stage):
   prune     score, rank, mask, reshape           -> DIR/prune/model (compact), DIR/prune/masked
   finetune  distill from the unpruned model      -> DIR/finetune/model
   eval      accuracy, MACs, parameters, latency  -> DIR/eval/metrics.json, DIR/summary.json
+  export    safetensors + PyTorch, StableHLO, ONNX -> DIR/export
   report    one page with the plots              -> DIR/report.html
 
 A finished stage is left alone, a killed one resumes. --force starts one anew (with --stage) and marks the later

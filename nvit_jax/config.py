@@ -17,7 +17,8 @@ MODES = ("one_shot", "gradual", "iterative")
 PROFILES = ("nvit", "cpu", "gpu", "tpu")
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
 SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
-STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "report")  # in order
+STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report")  # in order
+FORMATS = ("safetensors", "stablehlo", "onnx")
 
 
 def default_config() -> ConfigDict:
@@ -110,6 +111,10 @@ def default_config() -> ConfigDict:
     c.eval.batch = 256
     c.eval.split = "test"
 
+    c.export = ConfigDict()
+    c.export.formats = ("safetensors", "stablehlo")  # and "onnx", which needs the packages of nvit_jax[onnx]
+    c.export.dtypes = ("float32",)  # and "float16", "bfloat16": one file for each
+
     c.compare = ()  # criteria to run to the same targets, after the run itself, under W/compare/<criterion>/
     return c
 
@@ -199,6 +204,13 @@ def check_config(c: ConfigDict) -> None:
     holdout = c.data.holdout
     need(holdout is None or 0 < holdout < 1, "data.holdout", holdout, "must be between 0 and 1")
     need(c.prune.eval_images > 0, "prune.eval_images", c.prune.eval_images, "must be > 0")
+    for name in c.export.formats:
+        need(name in FORMATS, "export.formats", tuple(c.export.formats), f"{name!r} is not one of {', '.join(FORMATS)}")
+    for name in c.export.dtypes:
+        good = name in ("float32", "float16", "bfloat16")
+        need(good, "export.dtypes", tuple(c.export.dtypes), f"{name!r} is not float32, float16 or bfloat16")
+        good = name != "bfloat16" or "onnx" not in c.export.formats
+        need(good, "export.dtypes", tuple(c.export.dtypes), "ONNX runtimes lack bfloat16; use float16")
     need(c.eval.batch > 0, "eval.batch", c.eval.batch, "must be > 0")
     need(
         c.prune.tau > 0 and c.finetune.tau > 0, "prune.tau, finetune.tau", (c.prune.tau, c.finetune.tau), "must be > 0"

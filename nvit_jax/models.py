@@ -162,7 +162,7 @@ class ViT(nn.Module):
                 tokens = [jnp.concatenate(tokens).astype(x.dtype) + positions[: d.prefix]]
         if tokens:
             prefix = jnp.concatenate(tokens).astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(prefix, (len(x), *prefix.shape)), x], axis=1)
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape)), x], axis=1)
         return x
 
     @nn.compact

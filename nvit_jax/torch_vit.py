@@ -125,7 +125,9 @@ class ViT(nn.Module):
     def forward_blocks(self, images):
         """Yield the stream [B, N, D] behind the embedding and behind each block."""
         x = self.patch_embed(images)
-        tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        tokens = [
+            t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None
+        ]
         if self.dims["positions"] == "patches":
             x = x + self.pos_embed
         x = torch.cat([*tokens, x], 1)

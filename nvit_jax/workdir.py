@@ -20,7 +20,11 @@ from nvit_jax.config import STAGES
 from nvit_jax.errors import UserError
 from nvit_jax.parallel import any_process, is_main, wait_for_all
 
-_FOLLOW = ("eval", "report")  # take in what is new; the other stages are redone only when what they read changed
+_FOLLOW = (
+    "eval",
+    "export",
+    "report",
+)  # take in what is new; the other stages are redone only when what they read changed
 
 
 class StopSignal:

@@ -14,9 +14,9 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "workdir masks models teachers interchange",
     "report optim saliency ranking latency detect",
     "api cli distill reshape",
-    "prune convert",
+    "prune convert export",
     "stages.common",
-    "stages.measure stages.prune stages.train",
+    "stages.export stages.measure stages.prune stages.train",
     "stages",
 ]
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names.split()}

@@ -14,7 +14,7 @@ from nvit_jax.config import flatten_config
 from nvit_jax.errors import UserError
 from nvit_jax.latency import device_name
 from nvit_jax.parallel import is_main, main_decides
-from nvit_jax.stages import measure, prune, train
+from nvit_jax.stages import export, measure, prune, train
 from nvit_jax.stages.common import Run
 from nvit_jax.workdir import StageDir, check_workdir
 
@@ -25,6 +25,7 @@ SECTIONS = {  # the config sections that a stage is handed, and so the keys that
     "prune": (*_COMMON, "prune", "latency"),
     "finetune": (*_COMMON, "finetune"),
     "eval": ("model", "data", "parallel", "dtype", "latency", "eval"),
+    "export": ("model", "export"),
     "report": (),
 }
 
@@ -34,6 +35,7 @@ FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "prune": prune.prune_model,
     "finetune": train.finetune,
     "eval": measure.evaluate_models,
+    "export": export.export_last,
     "report": measure.make_report,
 }
 _INPUTS = {  # the stages whose results a stage reads where they exist
@@ -42,6 +44,7 @@ _INPUTS = {  # the stages whose results a stage reads where they exist
     "prune": ("pretrain", "latency"),
     "finetune": ("pretrain", "prune"),
     "eval": ("pretrain", "prune", "finetune"),
+    "export": ("pretrain", "prune", "finetune"),
     "report": ("pretrain", "latency", "prune", "finetune", "eval"),
 }
 

@@ -1,0 +1,196 @@
+"""The compact model for other places: safetensors with a PyTorch module, StableHLO, ONNX. Each is run after writing."""
+
+import json
+import logging
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvit_jax import interchange, models
+from nvit_jax.api import Model
+from nvit_jax.checkpoint import new_directory
+from nvit_jax.errors import UserError
+
+Path = pathlib.Path
+Run = Callable[[np.ndarray], np.ndarray]  # images [B, size, size, channels] float32 -> logits [B, C]
+
+
+class Written(NamedTuple):
+    """An exported file, and what runs it."""
+
+    path: Path
+    run: Run
+    runner: str
+
+
+def export_model(
+    model: Model, directory: Path, formats: tuple[str, ...], dtypes: tuple[str, ...], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Write directory/<format>/model[.<dtype>].<format>, run each and compare it with the Flax model in float32.
+
+    Returns one record a file. UserError when a package is missing; RuntimeError when a float32 file differs.
+    """
+    size, channels = model.dims.image, model.dims.channels
+    images = np.random.default_rng(0).standard_normal((3, size, size, channels)).astype(np.float32)
+    with jax.default_matmul_precision("float32"):
+        expected = np.asarray(model.apply(model.params, images))
+    largest = float(np.abs(expected).max())
+    records = []
+    for name in formats:
+        with new_directory(directory / name) as beside:
+            written = [FORMATS[name](model, beside, dtype) for dtype in dtypes]
+            for dtype, file in zip(dtypes, written, strict=True):
+                # Two batch sizes, neither of them the one that was traced.
+                found = np.concatenate([file.run(images[:1]), file.run(images[1:])])
+                difference = float(np.abs(found - expected).max())
+                limit = 1e-4 * max(1.0, largest)  # of float32; ten times what the order of additions explains
+                if not np.isfinite(found).all() or (dtype == "float32" and difference > limit):
+                    raise RuntimeError(f"{file.path.name} differs from the model by {difference}")
+                size_bytes = sum(f.stat().st_size for f in beside.glob(f"{file.path.name}*"))
+                where = f"{directory.name}/{name}/{file.path.name}"
+                records.append(
+                    {
+                        "path": where,
+                        "format": name,
+                        "dtype": dtype,
+                        "bytes": size_bytes,
+                        "max_abs_diff": difference,
+                        "max_abs_logit": largest,
+                        "run_with": file.runner,
+                    }
+                )
+                say(
+                    f"{where}: {size_bytes / 1e6:.1f} MB, run with {file.runner}, largest difference "
+                    f"{difference:.1e} on logits up to {largest:.2f}"
+                )
+    return records
+
+
+def _file_name(dtype: str, suffix: str) -> str:
+    return f"model.{suffix}" if dtype == "float32" else f"model.{dtype}.{suffix}"
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    info = {k: model.info.get(k) for k in ("preprocessing", "classes", "variant")}
+    return {"dims": model.dims.to_json()} | info
+
+
+def _torch_state(model: Model) -> dict[str, np.ndarray]:
+    return interchange.to_torch(model.dims, model.params)
+
+
+# ------------------------------------------------------------------------------------------- safetensors
+
+
+def write_safetensors(model: Model, directory: Path, dtype: str = "float32") -> Written:
+    """timm's names and shapes; widths, preprocessing and classes in the metadata; vit.py, which loads it, beside."""
+    from safetensors.numpy import save_file
+
+    path = directory / _file_name(dtype, "safetensors")
+    state = {name: value.astype(jnp.dtype(dtype)) for name, value in _torch_state(model).items()}
+    save_file(state, path, metadata={"format": "pt", "nvit_jax": json.dumps(_facts(model))})
+    shutil.copyfile(Path(__file__).with_name("torch_vit.py"), directory / "vit.py")
+    try:
+        import torch
+
+        from nvit_jax import torch_vit
+    except ImportError:
+        return Written(path, _flax_reader(model, path), "Flax, from the file's tensors (PyTorch is not installed)")
+    twin = torch_vit.load(str(path))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy())
+
+    return Written(path, run, f"PyTorch {torch.__version__.split('+')[0]}")
+
+
+def _flax_reader(model: Model, path: Path) -> Run:
+    from safetensors.numpy import load_file
+
+    state = {name: np.asarray(value, np.float32) for name, value in load_file(path).items()}
+    shapes = {name: value.shape for name, value in state.items()}
+    params = interchange.from_torch(model.dims, shapes, state.__getitem__, str(path), np.float32)
+    return lambda images: np.asarray(model.apply(params, images))
+
+
+# --------------------------------------------------------------------------------------------- StableHLO
+
+
+def write_stablehlo(model: Model, directory: Path, dtype: str = "float32") -> Written:
+    """A program with its weights, for any batch size, for CPU, CUDA and TPU; read with jax.export.deserialize."""
+    kind = jnp.dtype(dtype)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(kind), model.params)
+    size, channels = model.dims.image, model.dims.channels
+
+    def logits(images: jax.Array) -> jax.Array:
+        out = models.forward(model.dims, params, images.astype(kind), dtype=kind)
+        return out.astype(jnp.float32).mean(1)
+
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
+    # In float32 the program asks for float32 products wherever it runs, as the model was evaluated.
+    with jax.default_matmul_precision("float32" if dtype == "float32" else None):
+        exported = jax.export.export(jax.jit(logits), platforms=("cpu", "cuda", "tpu"))(shape)
+    path = directory / _file_name(dtype, "stablehlo")
+    path.write_bytes(exported.serialize())
+    again = jax.export.deserialize(bytearray(path.read_bytes()))
+    return Written(path, lambda images: np.asarray(again.call(images)), f"JAX {jax.__version__}")
+
+
+# -------------------------------------------------------------------------------------------------- ONNX
+
+
+def write_onnx(model: Model, directory: Path, dtype: str = "float32") -> Written:
+    """images [batch, channels, size, size] -> logits [batch, classes], through the PyTorch module; dynamic batch."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+        import torch
+
+        from nvit_jax import torch_vit
+    except ImportError as error:
+        raise UserError(f'config.export.formats: "onnx" needs pip install "nvit_jax[onnx]" ({error})') from error
+    kind = {"float32": torch.float32, "float16": torch.float16}[dtype]
+    twin = torch_vit.ViT(model.dims.to_json())
+    twin.load_state_dict({name: torch.from_numpy(value) for name, value in _torch_state(model).items()})
+    twin = twin.to(kind).eval()
+    size, channels = model.dims.image, model.dims.channels
+    path = directory / _file_name(dtype, "onnx")
+    large = sum(p.numel() * p.element_size() for p in twin.parameters()) > 1.9e9  # protobuf's limit is 2 GB
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everybody that torchvision is not installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about its own insides
+        torch.onnx.export(
+            twin,
+            (torch.zeros(2, channels, size, size, dtype=kind),),
+            str(path),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=large,
+            verbose=False,
+        )
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> np.ndarray:
+        half = np.float16 if dtype == "float16" else np.float32
+        return np.asarray(session.run(None, {"images": images.transpose(0, 3, 1, 2).astype(half)})[0], np.float32)
+
+    return Written(path, run, f"onnxruntime {onnxruntime.__version__}")
+
+
+FORMATS: dict[str, Callable[[Model, Path, str], Written]] = {
+    "safetensors": write_safetensors,
+    "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+}

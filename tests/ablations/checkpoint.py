@@ -1,0 +1,133 @@
+"""A real checkpoint pruned in one shot, without any training, by every criterion: the table of the README.
+
+    python -m tests.ablations.checkpoint --model MODEL_DIR --images DIR --classes FILE.tsv --out runs/checkpoint
+
+DIR is split in two by hash of the file names: scores come from one half, accuracies from the other, image by image,
+so that a difference to the dense model has a paired standard error. Every compact model is exported to safetensors
+and counted again in PyTorch. Latencies of all models are measured in turns in one process. Scores are kept under
+--out and read again, so that a stopped run goes on.
+"""
+
+import argparse
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from nvit_jax import data, export, latency, models, prune, ranking, saliency
+from nvit_jax.api import Model, load_model
+from nvit_jax.checkpoint import write_json
+from nvit_jax.config import CRITERIA
+from nvit_jax.dims import Units, count_macs, count_params
+from nvit_jax.distill import Inputs, TrainState
+from nvit_jax.losses import Objective
+from nvit_jax.masks import full_masks
+from nvit_jax.parallel import Parallel
+from nvit_jax.reshape import reshape
+
+BATCH = 16
+
+
+def score(model: Model, split: data.Split, pre: data.Preprocessing, name: str, scheme: str) -> tuple[Units, float]:
+    """Scores averaged over one pass over the split, and the seconds it took without compilation."""
+    second_order = name in ("hvp", "obd")
+    criterion = saliency.criterion(name, **({"scheme": scheme} if second_order else {}))
+    step = Parallel.create("jit", tuple(jax.devices()[:1])).compile(
+        prune.make_score_step(model.dims, name, criterion, None, Objective())
+    )
+    key = jax.random.key_data(jax.random.key(0))
+    inputs = Inputs(TrainState(np.int32(0), model.params, None, None, full_masks(model.dims), key), model.params)
+    stream = data.train_stream(split, pre, BATCH, (0,))
+    total, count, start = None, len(split) // BATCH, 0.0
+    for i in range(count if name not in ("magnitude", "random") else 1):
+        batch = stream(i)
+        batch["index"] = batch["index"] + i * BATCH
+        part = jax.tree.map(lambda s: np.asarray(s, np.float64), step(inputs, batch))
+        total = part if total is None else jax.tree.map(np.add, total, part)
+        start = start or time.monotonic()
+    seconds = (time.monotonic() - start) * count / max(count - 1, 1)
+    return Units(*total), seconds
+
+
+def hits(run, split: data.Split, pre: data.Preprocessing) -> np.ndarray:
+    """1 where the largest logit is the label's."""
+    found = [
+        run(pre(split.images[slice(i, i + BATCH)])).argmax(-1) == split.labels[i : i + BATCH]
+        for i in range(0, len(split), BATCH)
+    ]
+    return np.concatenate(found).astype(float)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "images", "classes", "out"):
+        parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
+    parser.add_argument("--ratios", nargs="*", type=float, default=[0.9, 0.8])
+    parser.add_argument("--scheme", default="kind", help="of hvp and obd")
+    options = parser.parse_args()
+    model = load_model(options.model)
+    pre = data.Preprocessing.from_json(model.info["preprocessing"])
+    dataset = data.load_dataset(
+        "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
+    )
+    train, val = dataset.split("train"), dataset.split("val")
+    policy = ranking.Policy(sizes=ranking.group_sizes("cpu"), floors={"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
+    dense = hits(lambda x: np.asarray(model.apply(model.params, x)), val, pre)
+    rows = [("dense", 1.0, model, dense, dense, 0.0)]
+    for name in options.criteria:
+        kept = options.out / f"{name}.npz"
+        if kept.exists():
+            with np.load(kept) as arrays:
+                scores, seconds = Units(*(arrays[f] for f in Units._fields)), float(arrays["seconds"])
+        else:
+            scores, seconds = score(model, train, pre, name, options.scheme)
+            options.out.mkdir(parents=True, exist_ok=True)
+            np.savez(kept, seconds=seconds, **scores._asdict())
+        for ratio in options.ratios:
+            targets = ranking.make_targets({"macs_ratio": ratio}, model.dims, None)
+            found = ranking.rank(scores, full_masks(model.dims), model.dims, policy, targets)
+            dims, params = reshape(model.params, found.masks, model.dims)
+            compact = Model(dims, params, info=model.info)
+            ours = hits(lambda x, m=compact: np.asarray(models.forward(m.dims, m.params, x).mean(1)), val, pre)
+            place = options.out / f"{name}_{ratio}"
+            place.mkdir(exist_ok=True)
+            theirs = hits(export.write_safetensors(compact, place).run, val, pre)
+            rows.append((name, ratio, compact, ours, theirs, seconds))
+            print(f"{name} {ratio}: {ours.mean():.2%}, in PyTorch {theirs.mean():.2%}", flush=True)
+    times = latency.measure([row[2].dims for row in rows], batch=32, dtype="float32", repeats=7)
+    print(f"\ncalibration {len(train) // BATCH * BATCH} images, evaluation n = {len(val)}, {latency.device_name()}\n")
+    print(
+        "| criterion | MACs asked | MACs | params | latency | top-1 ± s.e. | to dense, paired ± s.e. | PyTorch | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    records = []
+    for (name, ratio, compact, ours, theirs, seconds), ms in zip(rows, times, strict=True):
+        difference, root = ours - dense, len(ours) ** 0.5
+        record = {
+            "criterion": name,
+            "asked": ratio,
+            "macs": count_macs(compact.dims) / count_macs(model.dims),
+            "params": count_params(compact.dims) / count_params(model.dims),
+            "latency": ms / times[0],
+            "top1": ours.mean(),
+            "top1_se": ours.std(ddof=1) / root,
+            "difference": difference.mean(),
+            "difference_se": difference.std(ddof=1) / root,
+            "pytorch_top1": theirs.mean(),
+            "seconds": seconds,
+            "dims": compact.dims.to_json(),
+        }
+        records.append(record)
+        print(
+            f"| `{name}` | {ratio} | {record['macs']:.3f} | {record['params']:.3f} | {record['latency']:.3f} "
+            f"| {record['top1']:.1%} ± {record['top1_se']:.1%} "
+            f"| {100 * record['difference']:+.1f} ± {100 * record['difference_se']:.1f} "
+            f"| {record['pytorch_top1']:.1%} | {seconds:.0f} |"
+        )
+    write_json(options.out / "table.json", records)
+
+
+if __name__ == "__main__":
+    main()
