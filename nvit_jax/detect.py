@@ -56,18 +56,19 @@ def find_family(path: pathlib.Path, file: Canonical, beside: Mapping[str, Any], 
 
 def find_variant(path: pathlib.Path, dims: ViTDims, family: str, options: Options) -> str | None:
     """The preset with these dims, whatever the image size and classes; UserError when the user named another."""
-    free = {"image": dims.image, "classes": dims.classes, "norm_eps": dims.norm_eps, "activation": dims.activation}
-    free["mean_over"] = dims.mean_over
+    free = {name: getattr(dims, name) for name in ("classes", "norm_eps", "activation", "mean_over")}
     if options.variant is not None:
         wanted = preset(options.variant, **free)
         for field in dataclasses.fields(dims):
-            if getattr(wanted, field.name) != getattr(dims, field.name):
+            if field.name != "image" and getattr(wanted, field.name) != getattr(dims, field.name):
                 raise UserError(
                     f"--variant={options.variant} contradicts {path}: {field.name} is "
                     f"{getattr(wanted, field.name)} there, {getattr(dims, field.name)} in the file"
                 )
         return options.variant
-    fits = [n for n in preset_names() if preset(n, **free) == dims and n.endswith("_384") == (dims.image == 384)]
+    presets = {n: preset(n, **free) for n in preset_names() if n.endswith("_384") == (dims.image == 384)}
+    same_patch = {n: d for n, d in presets.items() if d.patch == dims.patch}
+    fits = [n for n, d in same_patch.items() if dataclasses.replace(dims, image=d.image) == d]
     stem = family.split("_")[0]
     return next((n for n in fits if n.startswith(f"{stem}_")), fits[0] if fits else None)
 

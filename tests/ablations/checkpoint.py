@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from nvit_jax import data, export, latency, models, prune, ranking, saliency
+from nvit_jax import data, export, latency, prune, ranking, saliency
 from nvit_jax.api import Model, load_model
 from nvit_jax.checkpoint import write_json
 from nvit_jax.config import CRITERIA
@@ -90,7 +90,7 @@ def main() -> None:
             found = ranking.rank(scores, full_masks(model.dims), model.dims, policy, targets)
             dims, params = reshape(model.params, found.masks, model.dims)
             compact = Model(dims, params, info=model.info)
-            ours = hits(lambda x, m=compact: np.asarray(models.forward(m.dims, m.params, x).mean(1)), val, pre)
+            ours = hits(lambda x, m=compact: np.asarray(m.apply(m.params, x)), val, pre)
             place = options.out / f"{name}_{ratio}"
             place.mkdir(exist_ok=True)
             theirs = hits(export.write_safetensors(compact, place).run, val, pre)
@@ -98,9 +98,8 @@ def main() -> None:
             print(f"{name} {ratio}: {ours.mean():.2%}, in PyTorch {theirs.mean():.2%}", flush=True)
     times = latency.measure([row[2].dims for row in rows], batch=32, dtype="float32", repeats=7)
     print(f"\ncalibration {len(train) // BATCH * BATCH} images, evaluation n = {len(val)}, {latency.device_name()}\n")
-    print(
-        "| criterion | MACs asked | MACs | params | latency | top-1 ± s.e. | to dense, paired ± s.e. | PyTorch | seconds |"
-    )
+    columns = ("criterion", "MACs asked", "MACs", "params", "latency", "top-1 ± s.e.", "to dense, paired ± s.e.")
+    print("| " + " | ".join((*columns, "PyTorch", "seconds")) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
     records = []
     for (name, ratio, compact, ours, theirs, seconds), ms in zip(rows, times, strict=True):
