@@ -103,6 +103,8 @@ def default_config() -> ConfigDict:
     c.finetune = _training(epochs=300.0, learning_rate=2e-4)
     c.finetune.kl_weight = 0.0
     c.finetune.tau = 20.0
+    c.finetune.teacher = placeholder(str)  # directory of a classifier to learn from, too (a RegNetY, or another ViT)
+    c.finetune.hard_alpha = 0.0  # its part of the label loss (NViT 0.5)
     c.finetune.from_scratch = False  # the pruned dims from random weights, drawn with:
     c.finetune.init_std = c.vit.get_ref("init_std")
     c.finetune.position_std = c.vit.get_ref("position_std")
@@ -181,6 +183,10 @@ def check_config(c: ConfigDict) -> None:
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
+    alpha = c.finetune.hard_alpha
+    need(0 <= alpha <= 1, "finetune.hard_alpha", alpha, "must be in [0, 1]")
+    good = (alpha > 0) == bool(c.finetune.teacher)
+    need(good, "finetune.hard_alpha", alpha, "goes with config.finetune.teacher, a model directory; set both or none")
     p = c.prune
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),

@@ -224,7 +224,7 @@ def preset_names() -> list[str]:
         for family, (sizes, options) in _FAMILIES.items()
         for size in sizes
         for option in options
-        for image in ("", "_384")[: 1 if family == "dinov2" else 2]
+        for image in ("", "_384")[: 1 if family == "dinov2" or size == "huge" else 2]  # patch 14 does not divide 384
     ]
 
 

@@ -28,10 +28,11 @@ class TrainState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a compiled step takes beside the batch: the state and the unpruned model's parameters."""
+    """What a compiled step takes beside the batch: the state and the parameters of the teachers that it needs."""
 
     state: TrainState
-    teacher: Any  # Params, or None where the objective needs no teacher
+    teacher: Any  # Params of the unpruned model, or None
+    hard_teacher: Any = None  # parameters of another classifier, or None
 
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -51,13 +52,15 @@ def make_train_step(
     objective: Objective,
     *,
     teacher_dims: ViTDims | None = None,
+    hard_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     dtype: Any = None,
     drop_path: float = 0.0,
     dropout: float = 0.0,
     ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean
-    over the global batch.
+    """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean over the global batch.
+
+    `hard_teacher(params, images)` gives logits [B, C] where the objective has a hard_alpha.
     """
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -69,6 +72,9 @@ def make_train_step(
         if objective.needs_teacher:
             assert teacher_dims is not None
             batch = batch | {"teacher": models.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
+        if objective.hard_alpha:
+            assert hard_teacher is not None
+            batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
 
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             logits = models.forward(

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Batch = dict[str, Any]  # image [B, image, image, channels], label [B], index [B] (place in the global batch), teacher
+# image [B, image, image, channels], label [B], index [B] (place in the global batch), and of the teachers: "teacher"
+# [B, T, C], the unpruned model's logits, "hard_teacher" [B, C], another classifier's
+Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """label_weight * CE(labels) + kl_weight * KL_nvit(unpruned model || model), NViT section 3.4.
+    """label_weight * L_label + kl_weight * KL_nvit(unpruned model || model), NViT section 3.4.
 
+    L_label = (1 - hard_alpha) CE(mean of the classifiers, label) + hard_alpha CE(distillation classifier, argmax of
+    the hard teacher), DeiT's hard distillation (a model with one classifier learns both with it).
     `kl_per_head` applies the KL to each classifier and averages (finetuning) instead of to the mean of their
     logits (pruning). KL_nvit is a mean over batch AND classes at temperature tau without a tau^2 factor, so that
     NViT's coefficient 1e5 is 100 times the ordinary per-sample KL at 1,000 classes.
@@ -24,6 +28,7 @@ class Objective:
     tau: float = 1.0
     kl_per_head: bool = False
     smoothing: float = 0.0
+    hard_alpha: float = 0.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -48,10 +53,15 @@ def kl_nvit(teacher: jax.Array, logits: jax.Array, tau: float) -> jax.Array:
 
 
 def objective_loss(objective: Objective, logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of every example [B] and its parts, from logits [B, T, C]; KL needs batch["teacher"] [B, T, C]."""
+    """Loss of every example [B] and its parts, from logits [B, T, C]; see `Batch` for the teachers'."""
     mean = logits.mean(1)
     label = cross_entropy(mean, batch["label"], objective.smoothing)
-    total, parts = objective.label_weight * label, {"label_loss": label}
+    parts = {"label_loss": label}
+    if objective.hard_alpha:
+        hard = cross_entropy(logits[:, -1], batch["hard_teacher"].argmax(-1))
+        parts["hard_loss"] = hard
+        label = (1 - objective.hard_alpha) * label + objective.hard_alpha * hard
+    total = objective.label_weight * label
     if objective.needs_teacher:
         teacher = jax.lax.stop_gradient(batch["teacher"])
         if objective.kl_per_head:

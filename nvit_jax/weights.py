@@ -7,6 +7,7 @@ import json
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def _safetensors(path: pathlib.Path) -> Iterator[Tensors]:
 @contextlib.contextmanager
 def _npz(path: pathlib.Path) -> Iterator[Tensors]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             shapes = {name: _npz_shape(file, name) for name in file.files}
             yield Tensors(shapes, lambda name: _float32(file[name]), {}, "")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -87,7 +88,10 @@ def _npz_shape(file: Any, name: str) -> tuple[int, ...]:
     with file.zip.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return tuple(read(member)[0])
+        shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise ValueError(f"{name} is an array of objects")
+        return tuple(shape)
 
 
 @contextlib.contextmanager
@@ -97,13 +101,15 @@ def _torch(path: pathlib.Path, entry: str | None) -> Iterator[Tensors]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyTorch: pip install torch (a .safetensors file does not)") from error
     # The official files carry their training arguments: a Namespace of plain values. Nothing else is let in.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickles that it then refuses, or reads well
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if name:
-                raise UserError(f"{path} holds more than weights ({name[1]}), which could run code: refused") from error
+            if name or "Unsupported operand" in str(error):
+                what = name[1] if name else "it is a pickle that torch.save did not make"
+                raise UserError(f"{path} holds more than weights ({what}), which could run code: refused") from error
             raise UserError(f"{path} is truncated or not a PyTorch checkpoint") from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError, IndexError, TypeError) as error:
             first = (str(error).splitlines() or [""])[0][:120]

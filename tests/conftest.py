@@ -1,16 +1,20 @@
 """Every test sees 4 virtual CPU devices; compiled programs are kept in a cache beside the tests."""
 
+import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+import main
 from nvit_jax import models
 from nvit_jax.dims import Units, ViTDims
 from nvit_jax.masks import check_masks, full_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "tiny.py")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -70,3 +74,21 @@ def random_masks(dims: ViTDims, rng: np.random.Generator, kinds=("embed", "head"
         if "mlp" in kinds:
             only(masks.mlp[i], some(dims.mlp[i]))
     return check_masks(masks, dims)
+
+
+def call(*arguments, config=TINY) -> int:
+    """main.py; its exit code."""
+    sys.modules.pop("config_config", None)  # ml_collections would run a second config in the first one's module
+    return main.main(["main.py", "--config", config, *[str(a) for a in arguments]])
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A workdir in which every stage ran, with a comparison. Tests copy it."""
+    workdir = tmp_path_factory.mktemp("runs") / "W"
+    assert call("--workdir", workdir, "--config.compare=('magnitude',)") == 0
+    return workdir

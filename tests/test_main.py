@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, call, read
 
 import main
 import nvit_jax
@@ -17,25 +17,7 @@ from nvit_jax import checkpoint
 from nvit_jax.data import load_dataset
 from nvit_jax.dims import ViTDims, count_macs, count_params
 
-TINY = str(ROOT / "tests" / "tiny.py")
 R_KEYS = {"top1", "top5", "params", "macs", "latency_ms", "latency_batch", "images"}
-
-
-def call(*arguments, config=TINY) -> int:
-    sys.modules.pop("config_config", None)  # ml_collections would run a second config in the first one's module
-    return main.main(["main.py", "--config", config, *[str(a) for a in arguments]])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> pathlib.Path:
-    """A workdir in which every stage ran, with a comparison."""
-    workdir = tmp_path_factory.mktemp("runs") / "W"
-    assert call("--workdir", workdir, "--config.compare=('magnitude',)") == 0
-    return workdir
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def test_files_and_keys_of_the_contract(finished):
@@ -53,11 +35,12 @@ def test_files_and_keys_of_the_contract(finished):
         "measured_latency_ms",
         "dense_latency_ms",
         "masked_vs_compact_max_abs_diff",
+        "calibration_overlap",
         "dims",
         "seconds",
     }
     evaluated = read(finished / "eval" / "metrics.json")
-    assert set(evaluated) == R_KEYS | {"loss", "images_per_second", "device", "dtype"}
+    assert set(evaluated) == R_KEYS | {"loss", "images_per_second", "device", "dtype", "calibration_overlap"}
     assert {k: evaluated[k] for k in R_KEYS} == summary["finetuned"]
     for stage in ("pretrain", "latency", "prune", "finetune", "eval", "report"):
         assert (finished / stage / "metrics.json").exists()
@@ -184,7 +167,7 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
         (["--config.vit.patch=3"], "not divisible by patch"),
         (["--config.vit.preset=deit_huge"], "unknown model preset"),
         (["--config.vit.classes=5"], "the model has 5 classes, the data 10"),
-        (["--config.data.name=imagenet"], 'is not "digits" or "npz"'),
+        (["--config.data.name=imagenet"], 'is not "digits", "npz" or "folder"'),
         (["--config.dtype=int8"], "config.dtype='int8'"),
         (["--config.pretrain.batch=0"], "config.pretrain.batch=0"),
         (["--config.pretrain.batch=6"], "does not divide over 4 devices"),

@@ -138,6 +138,10 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
     return compact_dims, difference
 
 
+def _no_training(step: int) -> Any:
+    raise AssertionError(f"one_shot asks for the batch of step {step}")
+
+
 def _prune(
     run: Run,
     dense: Model,
@@ -153,7 +157,11 @@ def _prune(
         parallel.check_batch(size, f"config.{name}")
     number = STAGES.index(stage.name)
     train_split, preprocess = dataset.split("train"), dataset.preprocessing
-    stream = data.train_stream(train_split, preprocess, p.batch, (c.seed, number, 0), parallel.local_rows(p.batch))
+    if plan.mode == "one_shot":
+        stream: Callable[[int], Any] = _no_training
+    else:
+        rows = parallel.local_rows(p.batch)
+        stream = data.train_stream(train_split, preprocess, p.batch, (c.seed, number, 0), rows)
     score_stream = data.train_stream(
         train_split, preprocess, p.score.batch, (c.seed, number, 1), parallel.local_rows(p.score.batch)
     )

@@ -1,12 +1,15 @@
 """pretrain and finetune: one training run from a config section, resumed from its saved state."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim
-from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.api import Model, load_classifier, load_model, save_model
 from nvit_jax.config import STAGES
 from nvit_jax.dims import ViTDims, count_macs, count_params, preset
 from nvit_jax.errors import UserError
@@ -22,6 +25,7 @@ from nvit_jax.stages.common import (
     model_info,
     need,
 )
+from nvit_jax.teachers import Teacher
 
 
 def _dims_from_config(vit: ConfigDict) -> ViTDims:
@@ -42,6 +46,7 @@ def _fit_stage(
     dataset: data.Dataset,
     objective: Objective,
     teacher: Model | None,
+    hard_teacher: Teacher | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics."""
     config, stage = run.config, run.stage
@@ -67,6 +72,7 @@ def _fit_stage(
         optimizer,
         objective,
         teacher_dims=teacher.dims if teacher else None,
+        hard_teacher=functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None,
         dtype=compute_dtype(config),
         drop_path=section.drop_path,
         dropout=section.dropout,
@@ -81,11 +87,12 @@ def _fit_stage(
     state = parallel.replicate(state)
     compiled = parallel.compile(step)
     teacher_params = None if teacher is None else parallel.replicate(teacher.params)
+    hard_params = None if hard_teacher is None else parallel.replicate(hard_teacher.params)
     val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
     with matmul_precision(config), stage.progress(steps, first):
         state = distill.fit(
             state,
-            lambda s, batch: compiled(distill.Inputs(s, teacher_params), parallel.shard(batch)),
+            lambda s, batch: compiled(distill.Inputs(s, teacher_params, hard_params), parallel.shard(batch)),
             stream,
             steps,
             stage,
@@ -120,6 +127,41 @@ def pretrain(run: Run) -> dict[str, Any]:
     return metrics | {"dims": dims.to_json(), "params": count_params(dims), "macs": count_macs(dims)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Renormalised:
+    """A teacher that expects its own mean and std, on images normalised with the student's."""
+
+    teacher: Teacher
+    factor: np.ndarray
+    offset: np.ndarray
+
+    @property
+    def params(self) -> Any:
+        return self.teacher.params
+
+    def logits(self, params: Any, images: jax.Array, dtype: Any = None) -> jax.Array:
+        return self.teacher.logits(params, images * self.factor + self.offset, dtype)
+
+
+def _hard_teacher(directory: str, dims: ViTDims, preprocessing: data.Preprocessing) -> Teacher:
+    """Read a classifier and fit it to the student's images. UserError when its classes or sizes are others."""
+    model = load_classifier(directory)
+    if model.dims.classes != dims.classes or model.dims.channels != dims.channels:
+        raise UserError(
+            f"finetune.teacher={directory} tells {model.dims.classes} classes on {model.dims.channels} channels, "
+            f"the model {dims.classes} on {dims.channels}"
+        )
+    if isinstance(model.dims, ViTDims) and model.dims.image != dims.image:
+        raise UserError(f"finetune.teacher={directory} reads images of {model.dims.image} pixels, not {dims.image}")
+    own = data.Preprocessing.from_json(model.info["preprocessing"])
+    # (x / scale_t - mean_t) / std_t, with x / scale = student * std + mean
+    ratio = preprocessing.scale / own.scale
+    std, mean = np.array(preprocessing.std, np.float32), np.array(preprocessing.mean, np.float32)
+    factor = ratio * std / np.array(own.std, np.float32)
+    offset = (ratio * mean - np.array(own.mean, np.float32)) / np.array(own.std, np.float32)
+    return _Renormalised(model, factor.astype(np.float32), offset.astype(np.float32))
+
+
 def finetune(run: Run) -> dict[str, Any]:
     """Train the compact model with labels and the unpruned model's logits."""
     c, s = run.config, run.config.finetune
@@ -127,13 +169,19 @@ def finetune(run: Run) -> dict[str, Any]:
     pruned = load_model(run.workdir / "prune" / "model")
     dataset = load_data(run, pruned.dims, pruned.info)
     objective = Objective(
-        label_weight=s.label_weight, kl_weight=s.kl_weight, tau=s.tau, kl_per_head=True, smoothing=s.smoothing
+        label_weight=s.label_weight,
+        kl_weight=s.kl_weight,
+        tau=s.tau,
+        kl_per_head=True,
+        smoothing=s.smoothing,
+        hard_alpha=s.hard_alpha,
     )
+    hard_teacher = _hard_teacher(s.teacher, pruned.dims, dataset.preprocessing) if s.teacher else None
     teacher = dense_model(run) if objective.needs_teacher else None
     params = pruned.params
     if s.from_scratch:
         params = models.init(pruned.dims, jax.random.key(c.seed), std=s.init_std, position_std=s.position_std)
-    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher)
+    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher, hard_teacher)
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
     save_model(run.stage.path / "model", Model(pruned.dims, trained, info=info))
     run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
