@@ -249,10 +249,12 @@ def taylor(
     heads before squaring; each live head then carries an equal part of the score.
     """
     gradient = mean(jax.grad(lambda p: loss(p, masks, batch).mean())(params))
-    products = jax.tree.map(jnp.multiply, params, gradient)
+    # The products of a unit cancel: they are summed in the widest type that is enabled.
+    wide = jnp.result_type(float)
+    products = jax.tree.map(lambda w, g: w.astype(wide) * g.astype(wide), params, gradient)
     sums = _sum_units(products, masks, lambda kind, name: name in _TAYLOR[kind])
     if align == "shared":
-        live = masks.head.sum(-1)[:, None, None]
+        live = masks.head.sum(-1)[:, None, None].astype(wide)  # its root is not exact
         qk, v = (jnp.broadcast_to(s.sum(1, keepdims=True) / jnp.sqrt(live), s.shape) for s in (sums.qk, sums.v))
         sums = sums._replace(qk=qk, v=v)
     return _masked(Units(*(jnp.square(s / _TAYLOR_DIVISOR[k]) for _, (k, s) in _kinds(sums))), masks)

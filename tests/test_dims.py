@@ -45,7 +45,7 @@ def test_published_parameter_counts(name):
 def test_every_preset_builds():
     for name in preset_names():
         dims = preset(name)
-        assert dims.image == (384 if name.endswith("384") else 224)
+        assert dims.image == (384 if name.endswith("384") else 518 if name.startswith("dinov2") else 224)
         assert ViTDims.from_json(dims.to_json()) == dims
 
 
@@ -108,7 +108,7 @@ def test_macs_of_the_published_model_and_xla_total(capsys):
         ({"pool": "max"}, "'max' is not one of"),
         ({"cls_token": False}, "needs cls_token"),
         ({"pool": "mean", "dist_token": True}, "distillation token"),
-        ({"classes": 0}, "classes=0"),
+        ({"classes": -1}, "classes=-1"),
         ({"mlp": 0}, "mlp"),
     ],
 )

@@ -1,0 +1,173 @@
+"""The released engine's numbers (reference numbers beside the checkout): criterion, averages, masks, latency."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from nvit_jax import nvit, saliency
+from nvit_jax.dims import Units, ViTDims, preset
+from nvit_jax.errors import UserError
+from nvit_jax.masks import full_masks, kept_dims
+
+GOLDEN = ROOT.parent / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference numbers lie beside the checkout only")
+DIMS = preset("deit_base_distilled")
+SIZES = [16] + [2, 8, 8, 16] * 12
+KINDS = ["embed"] + ["head", "qk", "v", "mlp"] * 12
+LAYERS = [768] + [12, 64, 64, 3072] * 12
+
+
+def layers(flat):
+    return np.split(np.asarray(flat), np.cumsum(LAYERS)[:-1])
+
+
+def units(flat) -> Units:
+    """Layers -> masks of all heads."""
+    masks = full_masks(DIMS)
+    parts = layers(flat)
+    masks.embed[:] = parts[0]
+    for i in range(12):
+        head, qk, v, mlp = parts[1 + 4 * i : 5 + 4 * i]
+        masks.head[i], masks.mlp[i] = head, mlp
+        masks.qk[i], masks.v[i] = head[:, None] * qk, head[:, None] * v
+    return masks
+
+
+@pytest.fixture(scope="module")
+def table():
+    return nvit.ReleasedTable.read(GOLDEN / "latency_head.json")
+
+
+@needs_golden
+def test_the_released_table_reads_as_it_is(table):
+    points = np.load(GOLDEN / "latency_points.npz")
+    found = np.array([table.block_seconds(*(int(n) for n in point)) for point in points["points"]])
+    assert np.abs(found / points["latency"] - 1).max() <= 1e-12
+    assert abs(table(DIMS) / 1e3 / points["full_model"] - 1) <= 1e-12
+    assert abs(table.blocks(DIMS)[3] / points["full_block"] - 1) <= 1e-12
+    for changes, words in (
+        ({"heads": (16,) * 12}, "heads from 1 to 12, not 16"),
+        ({"mlp": (4096,) * 12}, "MLP from 0 to 3072, not 4096"),
+        ({"embed": 1024}, "EMB from 0 to 768, not 1024"),
+    ):
+        with pytest.raises(UserError, match=words):
+            table(ViTDims.from_json(DIMS.to_json() | {k: list(v) if k != "embed" else v for k, v in changes.items()}))
+
+
+@needs_golden
+def test_a_damaged_table_is_refused(tmp_path):
+    for change, words in (
+        (lambda t: t["EMB_512"]["QK_3_16"]["V_32"].pop("MLP_256"), "EMB_512 QK_3_16 V_32 MLP_256 is missing"),
+        (lambda t: t["EMB_512"].pop("QK_3_16"), "EMB_512 QK_3_16 V_1 MLP_1 is missing"),
+        (lambda t: t["EMB_256"]["QK_1_1"]["V_1"].update(MLP_128=-1.0), "MLP_128 is -1.0; it must be a positive"),
+        (lambda t: t.clear(), "not a latency table of the released NViT"),
+    ):
+        content = json.loads((GOLDEN / "latency_head.json").read_text())
+        change(content)
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            nvit.ReleasedTable.read(tmp_path / "t.json")
+
+
+@needs_golden
+@pytest.mark.parametrize(("run", "groups", "iterations"), [("A", 2, 12), ("C", 250, 10)])
+def test_runs_from_the_stored_contributions(run, groups, iterations, table):
+    """Averages, adjusted scores, groups, thresholds, masks bit for bit, widths and latency of every pruning."""
+    golden, facts = np.load(GOLDEN / f"run_{run}.npz"), json.loads((GOLDEN / f"run_{run}.json").read_text())
+    gates, average, seconds_embed = [np.ones(n) for n in LAYERS], None, 768
+    for i in range(iterations):
+        contribution = golden[f"contribution_{i}"].astype(np.float64)
+        average = contribution if average is None else 0.9 * average + 0.1 * contribution
+        scale = np.maximum(np.repeat([a.max() for a in layers(np.abs(average))], LAYERS), 1e-30)
+        # The engine averages in float32.
+        assert (np.abs(average - golden[f"averaged_{i}"]) / scale).max() <= 1e-6
+        now = kept_dims(units(np.concatenate(gates)), DIMS)
+        savings = nvit.unit_savings(table, now)
+        assert np.abs(np.array(savings) - facts["lat_improve"][i]).max() <= 1e-12
+        step = nvit.prune_step(layers(average), gates, savings, SIZES, eta=5e-4, done=i, groups=groups)
+        if f"adjusted_{i}" in golden.files:
+            assert (np.abs(np.concatenate(step.adjusted) - golden[f"adjusted_{i}"]) / scale).max() <= 1e-6
+        if f"group_scores_{i}" in golden.files:
+            found = np.concatenate(step.group_scores)
+            assert np.abs(np.sort(found) - np.sort(golden[f"group_scores_{i}"])).max() <= 1e-6 * np.abs(found).max()
+        assert abs(step.threshold - facts["threshold"][i]) <= 1e-6 * abs(facts["threshold"][i]) + 1e-12
+        gates = step.gates
+        assert np.array_equal(np.packbits(np.concatenate(gates).astype(bool)), golden[f"gates_{i}"])
+        widths = [int(g.sum()) for g in gates]
+        assert widths == facts["dims"][i]
+        # The engine reports the latency with the embed of before the step.
+        blocks = [table.block_seconds(seconds_embed, *widths[1 + 4 * b : 5 + 4 * b]) for b in range(12)]
+        assert abs(sum(blocks) / facts["latency"][i] - 1) <= 1e-9
+        seconds_embed = widths[0]
+        if i == 0 and facts["config"]["momentum_reset_after_first"]:
+            average = 0 * average
+
+
+def load_golden_model(dtype):
+    """The regenerated DeiT-B as converted parameters, its batches, and the loss of the engine."""
+    from nvit_jax import models
+    from nvit_jax.canonical import canonical
+    from nvit_jax.interchange import from_torch
+    from nvit_jax.losses import cross_entropy
+    from nvit_jax.weights import Tensors
+
+    code: dict = {}
+    exec(compile((GOLDEN / "recipe.py").read_text(), "recipe", "exec"), code)
+    state = code["weights"](json.loads((GOLDEN / "names_shapes.json").read_text())["names_shapes"])
+    file = canonical(Tensors({k: v.shape for k, v in state.items()}, state.__getitem__, {}, ""), "golden")
+    params = from_torch(DIMS, file.shapes, file.read, "golden", dtype)
+
+    def batch(number):
+        images, labels = code["batch"](number)
+        return {"image": images.transpose(0, 2, 3, 1).astype(dtype), "label": labels.astype(np.int32)}
+
+    def loss(params, masks, batch):
+        return cross_entropy(models.forward(DIMS, params, batch["image"], masks).mean(1), batch["label"])
+
+    return params, batch, loss
+
+
+@needs_golden
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_taylor_is_the_released_criterion(dtype, tolerance):
+    """Batch 0 of DeiT-B, every unit, relative to the largest of its layer; products summed in float64."""
+    with jax.enable_x64(True), jax.default_matmul_precision("float32"):
+        params, batch, loss = load_golden_model(dtype)
+        step = jax.jit(lambda p, m, b: saliency.taylor(loss, p, m, b, align="shared"))
+        found = nvit.flatten(Units(*(np.asarray(s) for s in step(params, full_masks(DIMS), batch(0)))))
+    expected = np.load(GOLDEN / "batch0_float64.npz")["batch0_criteria_float64"]
+    for name, ours, theirs in zip(KINDS, found, layers(expected), strict=True):
+        assert np.abs(ours - theirs).max() <= tolerance * theirs.max(), name
+
+
+@needs_golden
+@pytest.mark.slow
+def test_run_a_from_our_own_gradients(table):
+    """Twelve prunings of the unchanged weights on 25 batches: the released masks bit for bit."""
+    golden, facts = np.load(GOLDEN / "run_A.npz"), json.loads((GOLDEN / "run_A.json").read_text())
+    params, batch, loss = load_golden_model(np.float32)
+    step = jax.jit(lambda p, m, b: saliency.taylor(loss, p, m, b, align="shared"))
+    masks, average, number = full_masks(DIMS), None, 0
+    policy_sizes = {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
+    for i in range(12):
+        total = None
+        with jax.default_matmul_precision("float32"):
+            for _ in range(facts["n_batches"][i]):
+                part = Units(*(np.asarray(s, np.float64) for s in step(params, masks, batch(number))))
+                total = part if total is None else Units(*map(np.add, total, part))
+                number += 1
+        fresh = Units(*(t / facts["n_batches"][i] for t in total))
+        average = fresh if average is None else Units(*(0.9 * a + 0.1 * b for a, b in zip(average, fresh, strict=True)))
+        expected = layers(golden[f"averaged_{i}"])
+        gates = nvit.flatten(masks)
+        for name, ours, theirs, gate in zip(KINDS, nvit.flatten(average), expected, gates, strict=True):
+            assert np.abs((ours - theirs) * (gate > 0)).max() <= 1e-4 * theirs.max(), (i, name)
+        found = nvit.rank(average, masks, DIMS, policy_sizes, [], table, eta=5e-4, done=i, groups=2)
+        masks = found.masks
+        flat = np.concatenate([layer > 0 for layer in nvit.flatten(masks)])
+        assert np.array_equal(np.packbits(flat), golden[f"gates_{i}"]), i
+        assert abs(found.removed[0].key - facts["threshold"][i]) <= 1e-4 * abs(facts["threshold"][i])
