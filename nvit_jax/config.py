@@ -78,8 +78,10 @@ def default_config() -> ConfigDict:
     score.chunk = 16  # units that are probed together by "chunk"
     score.probes = 1  # hvp, obd: probes per example and confinement
     score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
-    prune.rule = "per_cost"  # per_cost (score / saving) or eta (score - eta * ms saved)
+    # per_cost: score / saving; eta: score - eta * ms saved; nvit: the released engine's, eta per second (nvit.py)
+    prune.rule = "per_cost"
     prune.eta = 5e-4
+    prune.reset_scores = False  # forget the scores' average after the first pruning (NViT)
     prune.align = "per_head"  # or shared: one query/key and value index for all heads of a block (NViT)
     prune.profile = "cpu"  # group sizes: nvit cpu gpu tpu
     prune.kinds = ("embed", "head", "qk", "v", "mlp")  # what may be removed
@@ -191,13 +193,21 @@ def check_config(c: ConfigDict) -> None:
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),
         ("mode", p.mode, MODES),
-        ("rule", p.rule, ("per_cost", "eta")),
+        ("rule", p.rule, ("per_cost", "eta", "nvit")),
         ("align", p.align, ("per_head", "shared")),
         ("profile", p.profile, PROFILES),
         ("score.loss", p.score.loss, (None, *SCORE_LOSSES)),
         ("score.scheme", p.score.scheme, SCHEMES),
     ):
         need(value in choices, f"prune.{key}", value, f"must be one of {', '.join(str(x) for x in choices)}")
+    need(p.eta >= 0, "prune.eta", p.eta, "must be >= 0")
+    good = p.rule != "nvit" or (p.align == "shared" and p.mode == "iterative")
+    need(
+        good,
+        "prune.rule",
+        p.rule,
+        'needs prune.align="shared" and prune.mode="iterative", as the released engine works',
+    )
     for criterion in c.compare:
         need(criterion in CRITERIA, "compare", tuple(c.compare), f"{criterion!r} is not one of {', '.join(CRITERIA)}")
     for name, value in p.target.items():

@@ -1,6 +1,7 @@
 """The released NViT's own pruning step and latency table, quirks included, for its numbers to be had here. NumPy only.
 
-prune.rule="nvit" uses `rank`. It differs from ranking.rank in what the released engine does and the paper does not say:
+prune.rule="nvit" uses `rank`; prune.eta is then per second, as there. It differs from ranking.rank in what the released
+engine does and the paper does not say:
   - one query/key (value) index stands for all heads of a block (align="shared");
   - units are sorted inside a layer by score - eta * seconds saved, cut into runs of the group size, and only the sums
     of the runs are compared between layers; removed units stay in the sort, with a score of 0;
@@ -107,6 +108,7 @@ class Step(NamedTuple):
     group_scores: list[np.ndarray]  # ascending within the layer
     threshold: float
     gates: list[np.ndarray]  # afterwards
+    removed: list[tuple[int, int, float]]  # (layer, live units, score) of the runs that went
 
 
 def flatten(units: Units) -> list[np.ndarray]:
@@ -155,14 +157,15 @@ def prune_step(
     group_scores = [np.array([a[r].sum() for r in rs]) for a, rs in zip(adjusted, runs, strict=True)]
     everything = np.sort(np.concatenate(group_scores))
     threshold = float(everything[min(max(0, done * groups - 1), len(everything) - 1)])
-    after = []
-    for gate, rs, values in zip(gates, runs, group_scores, strict=True):
+    after, removed = [], []
+    for layer, (gate, rs, values) in enumerate(zip(gates, runs, group_scores, strict=True)):
         new = np.array(gate, np.float64)
         for run, value in list(zip(rs, values, strict=True))[:-1]:  # the last one stays
-            if value <= threshold:
+            if value <= threshold and new[run].any():
+                removed.append((layer, int(new[run].sum()), float(value)))
                 new[run] = 0
         after.append(new)
-    return Step(adjusted, group_scores, threshold, after)
+    return Step(adjusted, group_scores, threshold, after, removed)
 
 
 def rank(
@@ -189,10 +192,7 @@ def rank(
         new.head[i], new.mlp[i] = head, mlp
         new.qk[i], new.v[i] = head[:, None] * qk, head[:, None] * v
     names = [("embed", 0)] + [(kind, i) for i in range(dims.depth) for kind in _FIELD]
-    removed = [
-        Removal(kind, i, int(g.sum() - n.sum()), 0.0, step.threshold)
-        for (kind, i), g, n in zip(names, gates, step.gates, strict=True)
-        if g.sum() > n.sum()
-    ]
+    removed = [Removal(*names[layer], count, score, step.threshold) for layer, count, score in step.removed]
     compact = kept_dims(new, dims)
-    return Ranking(new, compact, removed, all(t.holds(compact) for t in targets), 0)
+    exhausted = all(gate.sum() <= size for gate, size in zip(step.gates, per_layer, strict=True))
+    return Ranking(new, compact, removed, all(t.holds(compact) for t in targets), 0, exhausted)

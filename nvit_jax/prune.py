@@ -22,7 +22,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Batch, Objective, draw_labels, objective_loss
 from nvit_jax.optim import zero_removed
-from nvit_jax.ranking import Policy, Ranking, Target, rank
+from nvit_jax.ranking import Ranking, Target
 from nvit_jax.saliency import check_finite
 
 # Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
@@ -39,6 +39,7 @@ class Plan:
     steps: int = 1  # prunings of "gradual"
     groups_per_step: int = 1  # of "iterative"
     ema: float = 0.0  # momentum of the scores from pruning to pruning
+    reset_scores: bool = False  # forget the average after the first pruning
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -128,7 +129,7 @@ def prune_loop(
     *,
     dims: ViTDims,
     plan: Plan,
-    policy: Policy,
+    rank: Callable[[Units, Units, int], Ranking],
     targets: Sequence[Target],
     score: Callable[[TrainState, int], Units],
     train: Callable[[PruneState, int], TrainState],
@@ -140,6 +141,8 @@ def prune_loop(
     """Prune until the targets hold. The state is saved after every pruning.
 
     Args:
+      rank: (scores, masks, pruning) -> what that pruning leaves.
+      targets: when they hold, the loop ends.
       score: (train state, pruning) -> scores averaged over that pruning's batches.
       train: (state, until) -> the train state at that optimizer step.
       record: takes one line of history.jsonl.
@@ -150,12 +153,15 @@ def prune_loop(
         monitor.advance(int(state.train.step), f"scoring for pruning {pruning + 1}")
         fresh = Units(*(np.asarray(s, np.float64) for s in score(state.train, pruning)))
         check_finite(fresh)
-        momentum = plan.ema if pruning else 0.0
-        scores = Units(*(momentum * a + (1 - momentum) * b for a, b in zip(state.scores, fresh, strict=True)))
+        if pruning == 0:
+            scores = fresh
+        else:  # NViT multiplies the average by 0 once, after the first pruning; the new part keeps its weight
+            momentum = 0.0 if plan.reset_scores and pruning == 1 else plan.ema
+            scores = Units(*(momentum * a + (1 - plan.ema) * b for a, b in zip(state.scores, fresh, strict=True)))
         before = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
-        ranking = rank(scores, before, dims, policy, plan.targets(pruning, targets), plan.max_groups)
+        ranking = rank(scores, before, pruning)
         met = all(t.holds(ranking.dims) for t in targets)
-        if not met and not ranking.removed and pruning + 1 >= plan.steps:
+        if not met and ranking.exhausted:
             raise UserError("prune: no group is left to remove and the targets do not hold; lower prune.floors")
         masks = Units(*(jnp.asarray(m) for m in ranking.masks))
         trained = state.train._replace(masks=masks, opt_state=zero_removed(state.train.opt_state, masks))

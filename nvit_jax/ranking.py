@@ -106,6 +106,7 @@ class Ranking(NamedTuple):
     removed: list[Removal]
     met: bool  # every target holds
     nonpositive: int  # groups that went with score <= 0
+    exhausted: bool = False  # no further group may go
 
     @property
     def threshold(self) -> float | None:
@@ -202,6 +203,7 @@ def rank(
     picks: dict[tuple[str, int], _Pick | None] = {slot: _weakest(slot, scores, masks, dims, policy) for slot in slots}
     removed: list[Removal] = []
     nonpositive = 0
+    exhausted = False
     while not all(t.holds(now) for t in targets) and (max_groups is None or len(removed) < max_groups):
         unmet = [t for t in targets if not t.holds(now)]
         best = None
@@ -213,6 +215,7 @@ def rank(
             if best is None or key < best[0]:
                 best = (key, slot, pick)
         if best is None:
+            exhausted = True
             break
         key, (kind, block), pick = best
         getattr(masks, kind)[pick.entries] = 0
@@ -225,7 +228,7 @@ def rank(
             for row_kind in ("qk", "v"):
                 if (row_kind, block) in picks:
                     picks[row_kind, block] = _weakest((row_kind, block), scores, masks, dims, policy)
-    return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive)
+    return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
 
 
 def _weakest(slot: tuple[str, int], scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> _Pick | None:

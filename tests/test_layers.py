@@ -13,7 +13,7 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "checkpoint groups data evaluate canonical positions",
     "workdir masks models teachers interchange",
     "report optim saliency ranking latency detect",
-    "api cli distill reshape",
+    "nvit api cli distill reshape",
     "prune convert export",
     "stages.common",
     "stages.export stages.measure stages.prune stages.train",
@@ -63,6 +63,7 @@ def test_only_models_and_teachers_import_linen():
 def test_ranking_is_numpy_only():
     tree = dict(modules())["ranking"]
     assert not any(i.split(".")[0] in ("jax", "flax", "optax") for i in imports(tree))
+    assert not any(i.split(".")[0] in ("jax", "flax", "optax") for i in imports(dict(modules())["nvit"]))
 
 
 def test_functions_take_key():

@@ -1,11 +1,13 @@
 """The released engine's numbers (reference numbers beside the checkout): criterion, averages, masks, latency."""
 
+import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 from nvit_jax import nvit, saliency
 from nvit_jax.dims import Units, ViTDims, preset
@@ -104,6 +106,31 @@ def test_runs_from_the_stored_contributions(run, groups, iterations, table):
         seconds_embed = widths[0]
         if i == 0 and facts["config"]["momentum_reset_after_first"]:
             average = 0 * average
+
+
+def test_the_rule_runs_a_whole_pruning(finished, tmp_path, capsys):
+    """Iterative, shared, with the device's own latency model; deterministic, and the last run of a layer stays."""
+    shutil.copytree(finished / "pretrain", tmp_path / "W" / "pretrain")
+    shutil.copytree(finished / "latency", tmp_path / "W" / "latency")
+    values = {
+        "rule": "nvit", "mode": "iterative", "align": "shared", "criterion": "taylor", "profile": "nvit", "interval": 2,
+        "ema": 0.9, "reset_scores": True, "groups_per_step": 2, "score.loss": "mix",
+    }  # fmt: skip
+    arguments = ["--workdir", tmp_path / "W", "--stage=prune", *(f"--config.prune.{k}={v}" for k, v in values.items())]
+    assert call(*arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "W" / "prune" / "history.jsonl").read_text().splitlines()]
+    assert lines[0]["groups"] == 1 and lines[-1]["macs_ratio"] <= 0.7
+    assert all(a["macs"] >= b["macs"] for a, b in itertools.pairwise(lines))
+    for change, words in (
+        ("--config.prune.align=per_head", 'needs prune.align="shared"'),
+        ("--config.prune.eta=-1", "must be >= 0"),
+        ("--config.latency.table=" + str(tmp_path / "none.json"), "is missing"),
+    ):
+        assert call(*arguments, "--force", change) == 2
+        assert words in capsys.readouterr().err
+    if GOLDEN.is_dir():
+        assert call(*arguments, "--force", f"--config.latency.table={GOLDEN / 'latency_head.json'}") == 2
+        assert "was measured for 12 blocks at 224 pixels" in capsys.readouterr().err
 
 
 def load_golden_model(dtype):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nvit_jax import data, distill, latency, models, optim, prune, ranking, saliency
+from nvit_jax import data, distill, latency, models, nvit, optim, prune, ranking, saliency
 from nvit_jax.api import Model, save_model
 from nvit_jax.checkpoint import read_json
 from nvit_jax.config import STAGES
@@ -37,9 +37,37 @@ def _policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ran
         kinds=tuple(p.kinds),
         protected=tuple(p.protected),
         align=p.align,
-        rule=p.rule,
+        rule="per_cost" if p.rule == "nvit" else p.rule,
         eta=p.eta,
         latency=predict_ms,
+    )
+
+
+def _ranker(
+    p: ConfigDict,
+    dims: ViTDims,
+    policy: ranking.Policy,
+    targets: list[ranking.Target],
+    plan: prune.Plan,
+    predict: Callable[[ViTDims], float] | None,
+) -> Callable[[Units, Units, int], ranking.Ranking]:
+    """(scores, masks, pruning) -> what is left, by the configured rule."""
+    if p.rule != "nvit":
+        return lambda scores, masks, pruning: ranking.rank(
+            scores, masks, dims, policy, plan.targets(pruning, targets), plan.max_groups
+        )
+    if predict is None:
+        raise UserError('prune.rule="nvit" needs a latency model: run the latency stage, or set config.latency.table')
+    return lambda scores, masks, pruning: nvit.rank(
+        scores,
+        masks,
+        dims,
+        policy.sizes,
+        targets,
+        predict,
+        eta=p.eta,
+        done=pruning,
+        groups=plan.groups_per_step,
     )
 
 
@@ -52,12 +80,15 @@ def _criterion(p: ConfigDict) -> Callable[..., Any]:
     return saliency.criterion(p.criterion, **options)
 
 
-def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
+def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | nvit.ReleasedTable | None:
+    """From config.latency.table (metrics.json of a latency stage, or the released NViT's JSON), else this run's."""
     table = run.config.latency.table
     if not table and not run.other("latency").done():
         return None
     path = pathlib.Path(table) if table else run.workdir / "latency" / "metrics.json"
     metrics = read_json(path)
+    if isinstance(metrics, dict) and any(str(key).startswith("EMB_") for key in metrics):
+        return _released_table(run, path, dims)
     try:
         model = latency.LatencyModel.from_json(metrics["model"])
         measured = ViTDims.from_json(metrics["dims"])
@@ -76,6 +107,18 @@ def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | None:
     return model
 
 
+def _released_table(run: Run, path: pathlib.Path, dims: ViTDims) -> nvit.ReleasedTable:
+    found = nvit.ReleasedTable.read(path)
+    found(dims)  # a model outside of the table is refused here
+    if (dims.image, dims.patch, dims.depth) != (224, 16, 12):
+        raise UserError(
+            f"{path} was measured for 12 blocks at 224 pixels in patches of 16; this model has {dims.depth} at "
+            f"{dims.image} in patches of {dims.patch}"
+        )
+    run.stage.say(f"warning: latency was measured on {found.device}, this is {latency.device_name()}")
+    return found
+
+
 def prune_model(run: Run) -> dict[str, Any]:
     """Score, rank, mask and train until the targets hold; cut the masks out; check and measure the compact model."""
     c, p, stage = run.config, run.config.prune, run.stage
@@ -86,8 +129,15 @@ def prune_model(run: Run) -> dict[str, Any]:
     policy = _policy(p, predict)
     targets = ranking.make_targets(dict(p.target), dims, predict)
     ranking.check_reachable(dims, policy, targets)
-    plan = prune.Plan(mode=p.mode, interval=p.interval, steps=p.steps, groups_per_step=p.groups_per_step, ema=p.ema)
-    state = _prune(run, dense, dataset, policy, targets, plan, predict)
+    plan = prune.Plan(
+        mode=p.mode,
+        interval=p.interval,
+        steps=p.steps,
+        groups_per_step=p.groups_per_step,
+        ema=p.ema,
+        reset_scores=p.reset_scores,
+    )
+    state = _prune(run, dense, dataset, _ranker(p, dims, policy, targets, plan, predict), targets, plan, predict)
 
     compact_dims, difference = _finish(run, dense, state, dataset)
     dense_ms, compact_ms = latency.measure(
@@ -146,10 +196,10 @@ def _prune(
     run: Run,
     dense: Model,
     dataset: data.Dataset,
-    policy: ranking.Policy,
+    rank: Callable[[Units, Units, int], ranking.Ranking],
     targets: list[ranking.Target],
     plan: prune.Plan,
-    predict: latency.LatencyModel | None,
+    predict: Callable[[ViTDims], float] | None,
 ) -> prune.PruneState:
     c, p, stage, dims = run.config, run.config.prune, run.stage, dense.dims
     parallel = Parallel.create(c.parallel)
@@ -218,7 +268,7 @@ def _prune(
             state,
             dims=dims,
             plan=plan,
-            policy=policy,
+            rank=rank,
             targets=targets,
             score=score,
             train=train,
