@@ -4,6 +4,7 @@ Numbers that may be unset are placeholders: `--config.prune.target.macs_ratio=0.
 """
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,12 +100,17 @@ def default_config() -> ConfigDict:
     prune.kl_weight = 0.0  # NViT: 1e5, a mean over 1,000 classes; see losses.Objective
     prune.tau = 3.0
     prune.eval_images = 2000  # of the val split, evaluated after every pruning
+    prune.teacher = placeholder(str)  # directory of another classifier, as finetune.teacher
+    prune.hard_alpha = 0.0
+    prune.plain_first = False  # NViT: no KL up to the first pruning, no drop path from it on
+    prune.snapshots = ()  # latency ratios on the way down; the models go to W/prune/snapshots/<ratio>/
     prune.log_every = 20
     prune.save_every = 100
 
     c.finetune = _training(epochs=300.0, learning_rate=2e-4)
     c.finetune.kl_weight = 0.0
     c.finetune.tau = 20.0
+    c.finetune.snapshot = placeholder(float)  # finetune this one of prune.snapshots instead of the last model
     c.finetune.teacher = placeholder(str)  # directory of a classifier to learn from, too (a RegNetY, or another ViT)
     c.finetune.hard_alpha = 0.0  # its part of the label loss (NViT 0.5)
     c.finetune.from_scratch = False  # the pruned dims from random weights, drawn with:
@@ -128,6 +134,7 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
     c.epochs = epochs
     c.batch = 64
     c.learning_rate = learning_rate
+    c.learning_rate_batch = placeholder(int)  # the rate is for this many images and scales with batch (DeiT: 512)
     c.warmup_epochs = 0.0
     c.final_learning_rate = 0.0
     c.weight_decay = 0.05
@@ -185,10 +192,14 @@ def check_config(c: ConfigDict) -> None:
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
-    alpha = c.finetune.hard_alpha
-    need(0 <= alpha <= 1, "finetune.hard_alpha", alpha, "must be in [0, 1]")
-    good = (alpha > 0) == bool(c.finetune.teacher)
-    need(good, "finetune.hard_alpha", alpha, "goes with config.finetune.teacher, a model directory; set both or none")
+    for section in ("prune", "finetune"):
+        alpha, teacher = c[section].hard_alpha, c[section].teacher
+        need(0 <= alpha <= 1, f"{section}.hard_alpha", alpha, "must be in [0, 1]")
+        good = (alpha > 0) == bool(teacher)
+        need(good, f"{section}.hard_alpha", alpha, f"goes with config.{section}.teacher; set both or none")
+    ratios = (1.0, *c.prune.snapshots, c.prune.target.latency_ratio or 0.0)
+    good = all(a > b for a, b in itertools.pairwise(ratios))
+    need(good, "prune.snapshots", tuple(c.prune.snapshots), "must decrease from below 1 to above target.latency_ratio")
     p = c.prune
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),

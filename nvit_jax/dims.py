@@ -217,9 +217,36 @@ _FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sizes, what
 }
 
 
+def revit(embed: int, **fixed: Any) -> ViTDims:
+    """The redistribution rule of NViT (section 4.4, table 6, as released) for 12 distilled blocks.
+
+    heads = eps * (embed / 100 to the nearest even), qk = eps * (embed / 20 to the nearest multiple of 8), v = 64,
+    mlp = eps * 3 * embed, with eps = 2 in blocks 4 to 9 and 1 in the others; the first and the last block have 10
+    heads and the wide blocks' qk.
+    """
+    eps = [2 if 4 <= block <= 9 else 1 for block in range(1, 13)]
+    heads, qk = 2 * round(embed / 200), 8 * round(embed / 160)
+    if min(heads, qk) < 1:
+        raise UserError(f"the ReViT rule gives embed {embed} no heads; it needs at least 101")
+    edge = (0, 11)
+    values: dict[str, Any] = {"image": 224, "patch": 16, "classes": 1000, "dist_token": True}
+    return ViTDims(
+        embed=embed,
+        heads=tuple(10 if i in edge else e * heads for i, e in enumerate(eps)),
+        qk=tuple(2 * qk if i in edge else e * qk for i, e in enumerate(eps)),
+        v=(64,) * 12,
+        mlp=tuple(3 * e * embed for e in eps),
+        qk_scale=64**-0.5,
+        **(values | fixed),
+    )
+
+
+_REVIT = {"revit_s": 384, "revit_t": 176}
+
+
 def preset_names() -> list[str]:
     """Names that `preset` takes."""
-    return [
+    return list(_REVIT) + [
         f"{family}_{size}{option}{image}"
         for family, (sizes, options) in _FAMILIES.items()
         for size in sizes
@@ -232,6 +259,8 @@ def preset(name: str, **overrides: Any) -> ViTDims:
     """Dims of a published model: "deit_base_distilled_384", "vit_large", ... `overrides` as in `ViTDims.uniform`."""
     if name not in preset_names():
         raise UserError(f"unknown model preset {name!r}; there are {', '.join(preset_names())}")
+    if name in _REVIT:
+        return revit(_REVIT[name], **overrides)
     family, size, *options = name.split("_")
     embed, depth, heads = _SIZES[size]
     values: dict[str, Any] = {

@@ -21,6 +21,7 @@ from nvit_jax.distill import Inputs, Monitor, Stopped, TrainState
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Batch, Objective, draw_labels, objective_loss
+from nvit_jax.masks import kept_dims, normalize
 from nvit_jax.optim import zero_removed
 from nvit_jax.ranking import Ranking, Target
 from nvit_jax.saliency import check_finite
@@ -82,6 +83,7 @@ def make_score_step(
     loss_name: str | None,
     mix: Objective,
     *,
+    hard_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     remat: bool = True,
 ) -> Callable[..., Units]:
     """`step(inputs, batch, mean)` -> scores of one batch, in float32 at full matmul precision.
@@ -117,6 +119,9 @@ def make_score_step(
         with jax.default_matmul_precision("float32"):
             if loss_name != "labels":
                 batch = batch | {"teacher": models.forward(dims, inputs.teacher, batch["image"])}
+            if objective.hard_alpha:
+                assert hard_teacher is not None
+                batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
             if loss_name == "drawn":
                 batch = batch | {"label": draw_labels(batch["teacher"], key, batch["index"])}
             return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), mean=mean)
@@ -137,6 +142,7 @@ def prune_loop(
     evaluate: Callable[[TrainState], Mapping[str, float]],
     predict_ms: Callable[[ViTDims], float] | None,
     record: Callable[[Mapping[str, Any]], None],
+    pruned: Callable[[TrainState, ViTDims, ViTDims], None] = lambda state, before, after: None,
 ) -> PruneState:
     """Prune until the targets hold. The state is saved after every pruning.
 
@@ -146,6 +152,7 @@ def prune_loop(
       score: (train state, pruning) -> scores averaged over that pruning's batches.
       train: (state, until) -> the train state at that optimizer step.
       record: takes one line of history.jsonl.
+      pruned: is told the masked state and the compact dims before and after each pruning.
     """
     while not state.met:
         pruning = int(state.prunings)
@@ -168,6 +175,7 @@ def prune_loop(
         state = PruneState(trained, scores, np.int32(pruning + 1), np.bool_(met))
         line = history_line(ranking, dims, pruning + 1, int(trained.step), predict_ms) | {"met": met}
         record(line | {f"val_{name}": value for name, value in evaluate(trained).items()})
+        pruned(trained, kept_dims(normalize(before), dims), ranking.dims)
         monitor.advance(int(trained.step), f"pruning {pruning + 1}: {line['macs_ratio']:.0%} of MACs")
         monitor.save(save_number(state), state)
         if monitor.stopping:

@@ -16,6 +16,7 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "nvit api cli distill reshape",
     "prune convert export",
     "stages.common",
+    "stages.rules",
     "stages.export stages.measure stages.prune stages.train",
     "stages",
 ]

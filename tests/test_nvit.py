@@ -1,5 +1,6 @@
 """The released engine's numbers (reference numbers beside the checkout): criterion, averages, masks, latency."""
 
+import importlib
 import itertools
 import json
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, call
+from conftest import ROOT, call, read
 
-from nvit_jax import nvit, saliency
-from nvit_jax.dims import Units, ViTDims, preset
+from nvit_jax import load_model, nvit, saliency
+from nvit_jax.config import check_config
+from nvit_jax.dims import Units, ViTDims, count_macs, count_params, preset, revit
 from nvit_jax.errors import UserError
 from nvit_jax.masks import full_masks, kept_dims
 
@@ -198,3 +200,64 @@ def test_run_a_from_our_own_gradients(table):
         flat = np.concatenate([layer > 0 for layer in nvit.flatten(masks)])
         assert np.array_equal(np.packbits(flat), golden[f"gates_{i}"]), i
         assert abs(found.removed[0].key - facts["threshold"][i]) <= 1e-4 * abs(facts["threshold"][i])
+
+
+@needs_golden
+def test_the_revit_rule_gives_the_published_widths():
+    golden = json.loads((GOLDEN / "revit.json").read_text())
+    for name, facts in golden.items():
+        if not name.startswith("EMB_"):
+            continue
+        dims = revit(facts["dims"]["EMB"])
+        found = {"EMB": dims.embed, "head": dims.heads, "QK": dims.qk, "V": dims.v, "MLP": dims.mlp}
+        assert {k: v if k == "EMB" else list(v) for k, v in found.items()} == facts["dims"]
+        assert count_params(dims) == facts["params_without_token_mask"]
+        assert abs(count_macs(dims) / 1e9 - facts["gmacs"]) <= 1e-9
+    assert preset("revit_t") == revit(176) and preset("revit_s").embed == 384
+
+
+@pytest.mark.parametrize("name", ["nvit_b", "nvit_h", "nvit_s", "nvit_t", "revit_s", "revit_t"])
+def test_the_configs_say_what_the_paper_says(name):
+    module = importlib.import_module(f"configs.{name}")
+    check_config(module.get_config("tiny"))
+    c = module.get_config()
+    if name.startswith("nvit"):
+        with pytest.raises(UserError, match="goes with config.prune.teacher"):
+            check_config(c)
+        c.prune.teacher = c.finetune.teacher = "regnety_160"
+    check_config(c)
+    assert "Ours: not run" in module.__doc__ and f"configs/{name}.py" in module.__doc__
+    if name.startswith("nvit"):
+        ratios = (*c.prune.snapshots, c.prune.target.latency_ratio)
+        assert ratios == (0.54, 0.50, 0.39, 0.19)[: len(ratios)]
+        assert c.finetune.learning_rate * c.finetune.batch / c.finetune.learning_rate_batch == pytest.approx(1.8e-3)
+
+
+def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
+    """All stages, with the three snapshots on the way; one of them is finetuned in the place of the last model."""
+    config = f"{ROOT / 'configs' / 'nvit_t.py'}:tiny"
+    workdir = tmp_path / "W"
+    assert call("--workdir", workdir, config=config) == 0
+    metrics = read(workdir / "prune" / "metrics.json")
+    assert metrics["predicted_latency_ratio"] <= 0.676 and metrics["dims"]["dist_token"]
+    macs = []
+    for ratio in (0.816, 0.8, 0.756):
+        place = workdir / "prune" / "snapshots" / str(ratio)
+        compact, masked = load_model(place / "model"), load_model(place / "masked")
+        assert kept_dims(masked.masks, masked.dims) == compact.dims
+        macs.append(count_macs(compact.dims))
+    assert macs[0] >= macs[1] >= macs[2] > count_macs(load_model(workdir / "prune" / "model").dims)
+    assert (
+        call("--workdir", workdir, "--stage=finetune", "--force", "--config.finetune.snapshot=0.8", config=config) == 0
+    )
+    assert count_macs(load_model(workdir / "finetune" / "model").dims) == macs[1]
+    capsys.readouterr()
+    wrong = "--config.prune.snapshots=(0.7,0.75)"
+    assert call("--workdir", workdir, "--stage=prune", wrong, config=config) == 2
+    assert "must decrease" in capsys.readouterr().err
+
+
+def test_revit_t_trains(tmp_path):
+    config = f"{ROOT / 'configs' / 'revit_t.py'}:tiny"
+    assert call("--workdir", tmp_path / "W", "--stage=pretrain", config=config) == 0
+    assert load_model(tmp_path / "W" / "pretrain" / "model").dims.heads[:4] == (10, 2, 2, 4)

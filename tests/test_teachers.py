@@ -19,7 +19,7 @@ from nvit_jax.data import Preprocessing
 from nvit_jax.errors import UserError
 from nvit_jax.groups import flatten
 from nvit_jax.losses import Objective, objective_loss
-from nvit_jax.stages.train import _hard_teacher
+from nvit_jax.stages.common import read_teacher
 from nvit_jax.teachers import RegNet, RegNetDims, regnet_names, regnet_shapes
 
 SMALL = RegNetDims(widths=(16, 24), depths=(2, 3), group=8, stem=8, classes=5)
@@ -164,9 +164,9 @@ def test_a_teacher_sees_the_pixels_that_it_was_trained_with(tmp_path):
     own = Preprocessing(8, 255.0, (0.3,), (0.2,))
     model = Model(dims, random_params(dims, dtype=np.float32), info={"preprocessing": own.to_json()})
     save_model(tmp_path / "teacher", model)
-    teacher = _hard_teacher(str(tmp_path / "teacher"), dims, student)
+    teacher = read_teacher(str(tmp_path / "teacher"), "finetune.teacher", dims, student)
     raw = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1))
     found = teacher.logits(teacher.params, student(raw))
     assert np.abs(np.asarray(found) - np.asarray(model.apply(model.params, own(raw)))).max() <= 1e-4
     with pytest.raises(UserError, match="tells 5 classes"):
-        _hard_teacher(str(tmp_path / "teacher"), small_dims(classes=6), student)
+        read_teacher(str(tmp_path / "teacher"), "finetune.teacher", small_dims(classes=6), student)

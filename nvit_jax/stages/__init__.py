@@ -61,6 +61,8 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
     for name in names:
         if name == "pretrain" and config.model and len(names) > 1:
             continue  # the model to prune is given
+        if name == "latency" and config.latency.table and len(names) > 1:
+            continue  # so is the table
         _run_stage(config, workdir, name, force=force)
         if name == "eval":
             for criterion in config.compare:

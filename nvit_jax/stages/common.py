@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 import nvit_jax
 from nvit_jax import data, models
-from nvit_jax.api import Model, load_model
+from nvit_jax.api import Model, load_classifier, load_model
 from nvit_jax.dims import ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
 from nvit_jax.parallel import Parallel
 from nvit_jax.reshape import reshape
+from nvit_jax.teachers import Teacher
 from nvit_jax.workdir import StageDir
 
 
@@ -127,3 +129,38 @@ def model_info(dataset: data.Dataset, variant: str | None, provenance: Mapping[s
 def matmul_precision(config: ConfigDict) -> Any:
     """Context of training; saliency has its own."""
     return jax.default_matmul_precision(config.matmul_precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renormalised:
+    """A teacher that expects its own mean and std, on images normalised with the student's."""
+
+    teacher: Teacher
+    factor: np.ndarray
+    offset: np.ndarray
+
+    @property
+    def params(self) -> Any:
+        return self.teacher.params
+
+    def logits(self, params: Any, images: jax.Array, dtype: Any = None) -> jax.Array:
+        return self.teacher.logits(params, images * self.factor + self.offset, dtype)
+
+
+def read_teacher(directory: str, key: str, dims: ViTDims, preprocessing: data.Preprocessing) -> Teacher:
+    """Read a classifier and fit it to the student's images. UserError when its classes or sizes are others."""
+    model = load_classifier(directory)
+    if model.dims.classes != dims.classes or model.dims.channels != dims.channels:
+        raise UserError(
+            f"{key}={directory} tells {model.dims.classes} classes on {model.dims.channels} channels, "
+            f"the model {dims.classes} on {dims.channels}"
+        )
+    if isinstance(model.dims, ViTDims) and model.dims.image != dims.image:
+        raise UserError(f"{key}={directory} reads images of {model.dims.image} pixels, not {dims.image}")
+    own = data.Preprocessing.from_json(model.info["preprocessing"])
+    # (x / scale_t - mean_t) / std_t, with x / scale = student * std + mean
+    ratio = preprocessing.scale / own.scale
+    std, mean = np.array(preprocessing.std, np.float32), np.array(preprocessing.mean, np.float32)
+    factor = ratio * std / np.array(own.std, np.float32)
+    offset = (ratio * mean - np.array(own.mean, np.float32)) / np.array(own.std, np.float32)
+    return _Renormalised(model, factor.astype(np.float32), offset.astype(np.float32))

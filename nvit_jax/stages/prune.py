@@ -1,6 +1,6 @@
 """prune: score, rank, mask and train until the targets hold; cut the masks out; check and measure the result."""
 
-import pathlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +8,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nvit_jax import data, distill, latency, models, nvit, optim, prune, ranking, saliency
+from nvit_jax import data, distill, latency, models, optim, prune, ranking
 from nvit_jax.api import Model, save_model
-from nvit_jax.checkpoint import read_json
 from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
@@ -18,6 +17,7 @@ from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks
 from nvit_jax.parallel import Parallel
 from nvit_jax.reshape import reshape
+from nvit_jax.stages import rules
 from nvit_jax.stages.common import (
     Run,
     compute_dtype,
@@ -27,96 +27,9 @@ from nvit_jax.stages.common import (
     load_data,
     matmul_precision,
     model_info,
+    read_teacher,
 )
-
-
-def _policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
-    return ranking.Policy(
-        sizes=ranking.group_sizes(p.profile),
-        floors=dict(p.floors),
-        kinds=tuple(p.kinds),
-        protected=tuple(p.protected),
-        align=p.align,
-        rule="per_cost" if p.rule == "nvit" else p.rule,
-        eta=p.eta,
-        latency=predict_ms,
-    )
-
-
-def _ranker(
-    p: ConfigDict,
-    dims: ViTDims,
-    policy: ranking.Policy,
-    targets: list[ranking.Target],
-    plan: prune.Plan,
-    predict: Callable[[ViTDims], float] | None,
-) -> Callable[[Units, Units, int], ranking.Ranking]:
-    """(scores, masks, pruning) -> what is left, by the configured rule."""
-    if p.rule != "nvit":
-        return lambda scores, masks, pruning: ranking.rank(
-            scores, masks, dims, policy, plan.targets(pruning, targets), plan.max_groups
-        )
-    if predict is None:
-        raise UserError('prune.rule="nvit" needs a latency model: run the latency stage, or set config.latency.table')
-    return lambda scores, masks, pruning: nvit.rank(
-        scores,
-        masks,
-        dims,
-        policy.sizes,
-        targets,
-        predict,
-        eta=p.eta,
-        done=pruning,
-        groups=plan.groups_per_step,
-    )
-
-
-def _criterion(p: ConfigDict) -> Callable[..., Any]:
-    options: dict[str, Any] = {}
-    if p.criterion in ("hvp", "obd"):
-        options = {"scheme": p.score.scheme, "chunk": p.score.chunk, "probes": p.score.probes}
-    elif p.criterion == "taylor":
-        options = {"align": p.align}
-    return saliency.criterion(p.criterion, **options)
-
-
-def _latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | nvit.ReleasedTable | None:
-    """From config.latency.table (metrics.json of a latency stage, or the released NViT's JSON), else this run's."""
-    table = run.config.latency.table
-    if not table and not run.other("latency").done():
-        return None
-    path = pathlib.Path(table) if table else run.workdir / "latency" / "metrics.json"
-    metrics = read_json(path)
-    if isinstance(metrics, dict) and any(str(key).startswith("EMB_") for key in metrics):
-        return _released_table(run, path, dims)
-    try:
-        model = latency.LatencyModel.from_json(metrics["model"])
-        measured = ViTDims.from_json(metrics["dims"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what a latency stage writes ({error!r})") from error
-    if measured != dims:
-        raise UserError(f"{path} was measured for another model; redo it with --stage latency --force")
-    c = run.config
-    if (model.batch, model.dtype) != (c.latency.batch, c.dtype):
-        raise UserError(
-            f"{path} was measured at batch {model.batch} in {model.dtype}, the config says {c.latency.batch} in "
-            f"{c.dtype}; redo it with --stage latency --force"
-        )
-    if model.device != latency.device_name():
-        run.stage.say(f"warning: latency was measured on {model.device}, this is {latency.device_name()}")
-    return model
-
-
-def _released_table(run: Run, path: pathlib.Path, dims: ViTDims) -> nvit.ReleasedTable:
-    found = nvit.ReleasedTable.read(path)
-    found(dims)  # a model outside of the table is refused here
-    if (dims.image, dims.patch, dims.depth) != (224, 16, 12):
-        raise UserError(
-            f"{path} was measured for 12 blocks at 224 pixels in patches of 16; this model has {dims.depth} at "
-            f"{dims.image} in patches of {dims.patch}"
-        )
-    run.stage.say(f"warning: latency was measured on {found.device}, this is {latency.device_name()}")
-    return found
+from nvit_jax.teachers import Teacher
 
 
 def prune_model(run: Run) -> dict[str, Any]:
@@ -125,10 +38,12 @@ def prune_model(run: Run) -> dict[str, Any]:
     dense = dense_model(run)
     dims = dense.dims
     dataset = load_data(run, dims, dense.info)
-    predict = _latency_model(run, dims)
-    policy = _policy(p, predict)
+    predict = rules.latency_model(run, dims)
+    policy = rules.policy(p, predict)
     targets = ranking.make_targets(dict(p.target), dims, predict)
     ranking.check_reachable(dims, policy, targets)
+    if p.snapshots and predict is None:
+        raise UserError("prune.snapshots needs a latency model: run the latency stage, or set config.latency.table")
     plan = prune.Plan(
         mode=p.mode,
         interval=p.interval,
@@ -137,7 +52,7 @@ def prune_model(run: Run) -> dict[str, Any]:
         ema=p.ema,
         reset_scores=p.reset_scores,
     )
-    state = _prune(run, dense, dataset, _ranker(p, dims, policy, targets, plan, predict), targets, plan, predict)
+    state = _prune(run, dense, dataset, rules.ranker(p, dims, policy, targets, plan, predict), targets, plan, predict)
 
     compact_dims, difference = _finish(run, dense, state, dataset)
     dense_ms, compact_ms = latency.measure(
@@ -181,15 +96,76 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
     # Ten times what float32 explains: beyond it the two are not the same function.
     if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
         raise RuntimeError(f"the compact model differs from the masked one by {difference}")
-    facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
-    info = model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
+    info = _info(run, dense, dataset)
     save_model(stage.path / "masked", Model(dims, params, masks, info))
     save_model(stage.path / "model", Model(compact_dims, compact, info=info))
     return compact_dims, difference
 
 
+def _phase(
+    c: ConfigDict, dims: ViTDims, optimizer: Any, parallel: Parallel, teacher: Teacher | None, *, first: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled train and score steps up to the first pruning, and after it (prune.plain_first)."""
+    p = c.prune
+    objective = Objective(
+        label_weight=p.label_weight,
+        kl_weight=0.0 if p.plain_first and first else p.kl_weight,
+        tau=p.tau,
+        hard_alpha=p.hard_alpha,
+    )
+    train = distill.make_train_step(
+        dims,
+        optimizer,
+        objective,
+        teacher_dims=dims,
+        hard_teacher=functools.partial(teacher.logits, dtype=compute_dtype(c)) if teacher else None,
+        dtype=compute_dtype(c),
+        drop_path=0.0 if p.plain_first and not first else p.drop_path,
+    )
+    score = prune.make_score_step(
+        dims,
+        p.criterion,
+        rules.criterion(p),
+        p.score.loss,
+        objective,
+        hard_teacher=teacher.logits if teacher else None,
+        remat=p.score.remat,
+    )
+    return parallel.compile(train), parallel.compile(score)
+
+
+def _save_snapshots(
+    run: Run, dense: Model, info: dict[str, Any], predict: Callable[[ViTDims], float]
+) -> Callable[..., None]:
+    """Called after each pruning: writes the model for every prune.snapshots ratio that it has just reached."""
+
+    def save(state: distill.TrainState, before: ViTDims, after: ViTDims) -> None:
+        whole = predict(dense.dims)
+        for ratio in run.config.prune.snapshots:
+            if predict(before) > ratio * whole >= predict(after):
+                place = run.stage.path / "snapshots" / str(ratio)
+                masks = Units(*(np.asarray(m) for m in state.masks))  # type: ignore[union-attr]
+                params = jax.device_get(state.params)
+                dims, compact = reshape(params, masks, dense.dims)
+                facts = {"provenance": info["provenance"] | {"snapshot": ratio}}
+                save_model(place / "masked", Model(dense.dims, params, masks, info | facts))
+                save_model(place / "model", Model(dims, compact, info=info | facts))
+                run.stage.say(f"snapshot {ratio}: predicted latency x{predict(after) / whole:.3f}, {place}")
+
+    return save
+
+
+def _no_snapshot(state: distill.TrainState, before: ViTDims, after: ViTDims) -> None:
+    """Without a latency model there are none."""
+
+
 def _no_training(step: int) -> Any:
     raise AssertionError(f"one_shot asks for the batch of step {step}")
+
+
+def _info(run: Run, dense: Model, dataset: data.Dataset) -> dict[str, Any]:
+    facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
+    return model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
 
 
 def _prune(
@@ -215,16 +191,10 @@ def _prune(
     score_stream = data.train_stream(
         train_split, preprocess, p.score.batch, (c.seed, number, 1), parallel.local_rows(p.score.batch)
     )
-    objective = Objective(label_weight=p.label_weight, kl_weight=p.kl_weight, tau=p.tau)
+    teacher_model = read_teacher(p.teacher, "prune.teacher", dims, preprocess) if p.teacher else None
+    hard_params = None if teacher_model is None else parallel.replicate(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
-    train_step = parallel.compile(
-        distill.make_train_step(
-            dims, optimizer, objective, teacher_dims=dims, dtype=compute_dtype(c), drop_path=p.drop_path
-        )
-    )
-    score_step = parallel.compile(
-        prune.make_score_step(dims, p.criterion, _criterion(p), p.score.loss, objective, remat=p.score.remat)
-    )
+    steps = [_phase(c, dims, optimizer, parallel, teacher_model, first=first) for first in (True, False)]
     masks = full_masks(dims)
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
     if (found := stage.saver.restore(state, stage.say)) is not None:
@@ -245,14 +215,18 @@ def _prune(
             batch = score_stream(number)
             batch["index"] = batch["index"] + number * p.score.batch  # its own probes and drawn labels
             batch = parallel.shard(batch)
-            part = jax.tree.map(lambda s: np.asarray(s, np.float64), score_step(distill.Inputs(train, teacher), batch))
+            part = jax.tree.map(
+                lambda s: np.asarray(s, np.float64),
+                steps[pruning > 0][1](distill.Inputs(train, teacher, hard_params), batch),
+            )
             total = part if total is None else jax.tree.map(np.add, total, part)
         return jax.tree.map(lambda s: s / batches, total)
 
     def train(state: prune.PruneState, until: int) -> distill.TrainState:
+        step = steps[int(state.prunings) > 0][0]
         return distill.fit(
             parallel.replicate(state.train),
-            lambda s, batch: train_step(distill.Inputs(s, teacher), parallel.shard(batch)),
+            lambda s, batch: step(distill.Inputs(s, teacher, hard_params), parallel.shard(batch)),
             stream,
             until,
             stage,
@@ -276,4 +250,5 @@ def _prune(
             evaluate=lambda s: val(parallel.replicate(s.params), parallel.replicate(s.masks)),
             predict_ms=predict,
             record=stage.history,
+            pruned=_save_snapshots(run, dense, _info(run, dense, dataset), predict) if predict else _no_snapshot,
         )

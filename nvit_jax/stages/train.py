@@ -1,15 +1,13 @@
 """pretrain and finetune: one training run from a config section, resumed from its saved state."""
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim
-from nvit_jax.api import Model, load_classifier, load_model, save_model
+from nvit_jax.api import Model, load_model, save_model
 from nvit_jax.config import STAGES
 from nvit_jax.dims import ViTDims, count_macs, count_params, preset
 from nvit_jax.errors import UserError
@@ -24,6 +22,7 @@ from nvit_jax.stages.common import (
     matmul_precision,
     model_info,
     need,
+    read_teacher,
 )
 from nvit_jax.teachers import Teacher
 
@@ -62,8 +61,9 @@ def _fit_stage(
     )
     per_epoch = len(split) // section.batch
     steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
+    rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
     optimizer = optim.adamw(
-        optim.schedule(section.learning_rate, steps, warmup, section.final_learning_rate),
+        optim.schedule(rate, steps, warmup, section.final_learning_rate),
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
     )
@@ -127,46 +127,11 @@ def pretrain(run: Run) -> dict[str, Any]:
     return metrics | {"dims": dims.to_json(), "params": count_params(dims), "macs": count_macs(dims)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Renormalised:
-    """A teacher that expects its own mean and std, on images normalised with the student's."""
-
-    teacher: Teacher
-    factor: np.ndarray
-    offset: np.ndarray
-
-    @property
-    def params(self) -> Any:
-        return self.teacher.params
-
-    def logits(self, params: Any, images: jax.Array, dtype: Any = None) -> jax.Array:
-        return self.teacher.logits(params, images * self.factor + self.offset, dtype)
-
-
-def _hard_teacher(directory: str, dims: ViTDims, preprocessing: data.Preprocessing) -> Teacher:
-    """Read a classifier and fit it to the student's images. UserError when its classes or sizes are others."""
-    model = load_classifier(directory)
-    if model.dims.classes != dims.classes or model.dims.channels != dims.channels:
-        raise UserError(
-            f"finetune.teacher={directory} tells {model.dims.classes} classes on {model.dims.channels} channels, "
-            f"the model {dims.classes} on {dims.channels}"
-        )
-    if isinstance(model.dims, ViTDims) and model.dims.image != dims.image:
-        raise UserError(f"finetune.teacher={directory} reads images of {model.dims.image} pixels, not {dims.image}")
-    own = data.Preprocessing.from_json(model.info["preprocessing"])
-    # (x / scale_t - mean_t) / std_t, with x / scale = student * std + mean
-    ratio = preprocessing.scale / own.scale
-    std, mean = np.array(preprocessing.std, np.float32), np.array(preprocessing.mean, np.float32)
-    factor = ratio * std / np.array(own.std, np.float32)
-    offset = (ratio * mean - np.array(own.mean, np.float32)) / np.array(own.std, np.float32)
-    return _Renormalised(model, factor.astype(np.float32), offset.astype(np.float32))
-
-
 def finetune(run: Run) -> dict[str, Any]:
     """Train the compact model with labels and the unpruned model's logits."""
     c, s = run.config, run.config.finetune
-    need(run, "prune")
-    pruned = load_model(run.workdir / "prune" / "model")
+    place = need(run, "prune").path
+    pruned = load_model(place / "model" if s.snapshot is None else place / "snapshots" / str(s.snapshot) / "model")
     dataset = load_data(run, pruned.dims, pruned.info)
     objective = Objective(
         label_weight=s.label_weight,
@@ -176,7 +141,9 @@ def finetune(run: Run) -> dict[str, Any]:
         smoothing=s.smoothing,
         hard_alpha=s.hard_alpha,
     )
-    hard_teacher = _hard_teacher(s.teacher, pruned.dims, dataset.preprocessing) if s.teacher else None
+    hard_teacher = (
+        read_teacher(s.teacher, "finetune.teacher", pruned.dims, dataset.preprocessing) if s.teacher else None
+    )
     teacher = dense_model(run) if objective.needs_teacher else None
     params = pruned.params
     if s.from_scratch:

@@ -1,0 +1,66 @@
+"""What NViT-B, H, S and T share: the released pruning loop and finetuning. Not a config itself; see nvit_b.py."""
+
+from ml_collections import ConfigDict
+
+from nvit_jax.config import default_config
+
+
+def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
+    """Prune to the last of the latency ratios, with snapshots at the others."""
+    c = default_config()
+    c.stages = ("latency", "prune", "finetune", "eval", "report")
+    c.data.name = "folder"
+    c.dtype = "bfloat16"
+    c.eval.split = "val"
+
+    c.prune.update(criterion="taylor", align="shared", profile="nvit", rule="nvit", eta=5e-4)
+    c.prune.update(mode="iterative", interval=100, groups_per_step=2, ema=0.9, reset_scores=True)
+    c.prune.floors.update(embed=16, head=2, qk=8, v=8, mlp=16)  # one group of each
+    c.prune.score.update(loss="mix", batch=512, batches=100)  # the released engine scores every training batch
+    c.prune.update(batch=512, learning_rate=1e-4, drop_path=0.1)
+    c.prune.update(label_weight=1.0, hard_alpha=0.5, kl_weight=1e5, tau=3.0, plain_first=True)
+    c.prune.snapshots = ratios[:-1]
+    c.prune.target.latency_ratio = ratios[-1]
+
+    f = c.finetune
+    f.update(epochs=300.0, batch=4608, learning_rate=2e-4, learning_rate_batch=512, final_learning_rate=1e-5)
+    f.update(weight_decay=0.05, ema=0.99996, smoothing=0.1, drop_path=0.0)
+    f.update(label_weight=1.0, hard_alpha=0.5, kl_weight=1e5, tau=20.0)
+    if variant == "tiny":
+        _tiny(c)
+    return c
+
+
+def revit(preset: str, variant: str = "") -> ConfigDict:
+    """Train redistributed dims from random weights, by DeiT's recipe."""
+    c = default_config()
+    c.stages = ("pretrain", "eval", "report")
+    c.data.name = "folder"
+    c.dtype = "bfloat16"
+    c.eval.split = "val"
+    c.vit.preset = preset
+    p = c.pretrain
+    p.update(epochs=300.0, batch=1024, learning_rate=5e-4, learning_rate_batch=512, final_learning_rate=1e-5)
+    p.update(warmup_epochs=5.0, weight_decay=0.05, ema=0.99996, smoothing=0.1, drop_path=0.1)
+    if variant == "tiny":
+        c.data.name, c.dtype, c.eval.split = "digits", "float32", "test"
+        c.vit.update(image=8, patch=4, channels=1, classes=10)
+        p.update(epochs=0.2, batch=32, warmup_epochs=0.1)
+        c.eval.batch = 32
+        c.latency.update(batch=8, repeats=2)
+    return c
+
+
+def _tiny(c: ConfigDict) -> None:
+    """The same loop on the digits: a narrow distilled ViT of this run's own, less of the way down, no CNN."""
+    c.stages = ("pretrain", *c.stages)
+    c.data.name, c.dtype, c.eval.split = "digits", "float32", "test"
+    c.vit.update(image=8, patch=4, channels=1, classes=10, embed=64, depth=2, heads=4, mlp=128, dist_token=True)
+    c.vit.update(init_std=0.1, position_std=0.5)
+    c.latency.update(batch=256, models=5, checks=1, repeats=3)
+    c.pretrain.update(epochs=1.0, learning_rate=3e-3)
+    c.prune.update(interval=1, groups_per_step=1, batch=32, hard_alpha=0.0, kl_weight=10.0)
+    c.prune.score.update(batch=64, batches=1)
+    c.prune.snapshots = tuple(round(0.6 + 0.4 * r, 3) for r in c.prune.snapshots)
+    c.prune.target.latency_ratio = round(0.6 + 0.4 * c.prune.target.latency_ratio, 3)
+    c.finetune.update(epochs=0.5, batch=32, hard_alpha=0.0, kl_weight=10.0, tau=2.0, ema=0.9)
