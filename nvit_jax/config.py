@@ -122,7 +122,7 @@ def default_config() -> ConfigDict:
     c.eval.split = "test"
 
     c.export = ConfigDict()
-    c.export.formats = ("safetensors", "stablehlo")  # and "onnx", which needs the packages of nvit_jax[onnx]
+    c.export.formats = ("safetensors", "stablehlo")  # and "onnx", which needs the packages of the extra [onnx]
     c.export.dtypes = ("float32",)  # and "float16", "bfloat16": one file for each
 
     c.compare = ()  # criteria to run to the same targets, after the run itself, under W/compare/<criterion>/

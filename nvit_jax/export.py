@@ -157,7 +157,7 @@ def write_onnx(model: Model, directory: Path, dtype: str = "float32") -> Written
 
         from nvit_jax import torch_vit
     except ImportError as error:
-        raise UserError(f'config.export.formats: "onnx" needs pip install "nvit_jax[onnx]" ({error})') from error
+        raise UserError(f'config.export.formats: "onnx" needs pip install -e ".[onnx]" ({error})') from error
     kind = {"float32": torch.float32, "float16": torch.float16}[dtype]
     twin = torch_vit.ViT(model.dims.to_json())
     twin.load_state_dict({name: torch.from_numpy(value) for name, value in _torch_state(model).items()})
