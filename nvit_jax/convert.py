@@ -19,6 +19,7 @@ from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.groups import flatten
 from nvit_jax.masks import check_masks, full_masks
+from nvit_jax.reshape import reshape
 from nvit_jax.weights import Tensors, open_checkpoint, read_beside
 
 Read = Callable[[str], np.ndarray]
@@ -94,7 +95,8 @@ def verify_model(
     checkpoint: str | pathlib.Path, model: Model | teachers.RegNet, options: Options | None = None
 ) -> tuple[float, float]:
     """(largest absolute difference of the logits, largest absolute logit) on 4 random images: PyTorch, on the file's
-    own tensors, against Flax at full float32 precision. UserError without PyTorch, and for a masked model."""
+    own tensors (of a masked model: on those that its masks leave), against Flax at full float32 precision. UserError
+    without PyTorch."""
     try:
         import torch
 
@@ -102,18 +104,21 @@ def verify_model(
     except ImportError as error:
         raise UserError(f"--verify needs PyTorch: pip install torch ({error})") from error
     with _opened(pathlib.Path(checkpoint), options or Options(), np.float32) as opened:
-        state = {name: torch.from_numpy(np.array(opened.read(name))).float() for name in opened.shapes}
+        state = {name: np.array(opened.read(name)) for name in opened.shapes}
+    dims = model.dims
+    if isinstance(model, Model) and model.masks is not None:  # PyTorch has no masks: it runs what they leave
+        dims, compact = reshape(model.params, model.masks, model.dims)
+        state = interchange.to_torch(dims, compact)
+    tensors = {name: torch.from_numpy(value).float() for name, value in state.items()}
     size, channels = model.info["preprocessing"]["size"], model.dims.channels
     images = np.random.default_rng(0).standard_normal((4, size, size, channels)).astype(np.float32)
     with torch.inference_mode():
-        inputs = torch.from_numpy(images.transpose(0, 3, 1, 2))
-        if isinstance(model, teachers.RegNet):
-            theirs = torch_regnet.forward(state, inputs).numpy()
+        inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        if isinstance(dims, teachers.RegNetDims):
+            theirs = torch_regnet.forward(tensors, inputs).numpy()
         else:
-            twin = torch_vit.ViT(model.dims.to_json())
-            if model.masks is not None:
-                raise UserError("--verify compares unmasked models; a masked NViT has no counterpart in PyTorch")
-            twin.load_state_dict(state)
+            twin = torch_vit.ViT(dims.to_json())
+            twin.load_state_dict(tensors)
             theirs = twin.eval()(inputs).numpy()
     with jax.default_matmul_precision("float32"):
         ours = np.asarray(jax.jit(model.logits)(model.params, images))

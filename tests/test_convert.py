@@ -17,7 +17,7 @@ from sources import SIZES, nchw, numpy_state, randomise, run_torch, small_vit
 
 from nvit_jax import export, interchange, models
 from nvit_jax.api import Model
-from nvit_jax.convert import Options, convert
+from nvit_jax.convert import Options, convert, verify_model
 from nvit_jax.dims import ViTDims, preset
 from nvit_jax.groups import flatten
 from nvit_jax.masks import kept_dims
@@ -302,6 +302,9 @@ def test_released_nvit_pruned(tmp_path):
                 elif name.split(".")[-2:] in (["proj", "weight"], ["proj", "bias"], ["fc2", "weight"], ["fc2", "bias"]):
                     value[gone] = 0
         path = save(tmp_path / "w.pth", state)
+        single = convert(path).model
+        difference, largest = verify_model(path, single)
+        assert difference <= 1e-4 * max(1, largest)
         with jax.enable_x64(True):
             found = convert(path, dtype=np.float64)
             model = found.model
