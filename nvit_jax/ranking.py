@@ -231,6 +231,18 @@ def rank(
     return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
 
 
+def unit_savings(dims: ViTDims, cost: Cost) -> dict[str, np.ndarray]:
+    """What one width less of each kind costs less: {"embed": [], "head": [L], ...}; 0 for a width of 1."""
+    whole = cost(dims)
+
+    def saved(kind: str, block: int) -> float:
+        width = dims.embed if kind == "embed" else getattr(dims, _FIELD[kind])[block]
+        return whole - cost(_without(dims, (kind, block), 1)) if width > 1 else 0.0
+
+    blocks = {kind: np.array([saved(kind, i) for i in range(dims.depth)]) for kind in KINDS[1:]}
+    return {"embed": np.array(saved("embed", 0)), **blocks}
+
+
 def _weakest(slot: tuple[str, int], scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> _Pick | None:
     kind, block = slot
     mask, score = getattr(masks, kind), getattr(scores, kind)

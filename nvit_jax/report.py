@@ -6,12 +6,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from nvit_jax.checkpoint import read_json, write_text
 from nvit_jax.workdir import read_lines
 
 Path = pathlib.Path
 _HEAD = ("model", "top-1", "top-5", "parameters", "MACs", "latency", "speed-up")
 _KINDS = (("heads", "heads"), ("qk", "query/key dims"), ("v", "value dims"), ("mlp", "mlp neurons"))
+_UNITS = (("embed", "embed channels"), ("head", "heads"), *_KINDS[1:])
 _DENSE, _PRUNED, _THIRD = "#9aa5b1", "#0b6e99", "#c2571a"
 
 
@@ -56,6 +59,18 @@ def write_report(workdir: Path, path: Path) -> None:
         parts += [_prune_section(metrics), _figure(_plot_widths, dense_dims, metrics["dims"])]
         if history:
             parts += ["<h2>Along the pruning</h2>", _figure(_plot_history, history, metrics)]
+            parts += ["<p>Part of each width that is left, by block.</p>", _figure(_plot_left, dense_dims, history)]
+        if (workdir / "prune" / "scores.npz").exists():
+            with np.load(workdir / "prune" / "scores.npz") as arrays:
+                scores = dict(arrays)
+            unit = str(scores.pop("saving_unit"))
+            parts += [
+                "<h2>Saliency of the model before pruning</h2>",
+                "<p>Median and the middle 80 % of the positive scores of a block's units; the others are counted.</p>",
+                _figure(_plot_scores, scores),
+                f"<p>Sensitivity: the median score of a unit, by the {unit} that one unit less saves.</p>",
+                _figure(_plot_sensitivity, scores, unit),
+            ]
     curves = {
         name: read_lines(workdir / name / "log.jsonl")
         for name in ("pretrain", "prune", "finetune")
@@ -175,6 +190,73 @@ def _plot_history(plt: Any, history: Sequence[Mapping[str, Any]], metrics: Mappi
     for axis in (left, right):
         axis.set_xlabel("pruning")
         axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.tight_layout()
+    return figure
+
+
+def _plot_left(plt: Any, dense: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Any:
+    """The parameter redistribution of NViT's figure 4, along the run."""
+    figure, axes = plt.subplots(1, 5, figsize=(12, 2.6), width_ratios=(1, 1, 1, 1, 1))
+    x = [0] + [line["pruning"] for line in history]
+    axes[0].plot(x, [1.0] + [line["dims"]["embed"] / dense["embed"] for line in history], "-", color=_PRUNED)
+    axes[0].set_ylim(0, 1.02)
+    axes[0].set_title("embed channels")
+    axes[0].set_xlabel("pruning")
+    for axis, (key, title) in zip(axes[1:], _KINDS, strict=True):
+        whole = np.array(dense[key], float)
+        left = np.array([whole] + [line["dims"][key] for line in history]) / whole
+        image = axis.imshow(left.T, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(title)
+        axis.set_xlabel("pruning")
+        axis.set_ylabel("block")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.tight_layout(rect=(0, 0, 0.95, 1))
+    bar = figure.add_axes((0.96, 0.2, 0.008, 0.65))
+    figure.colorbar(image, cax=bar)
+    return figure
+
+
+def _by_block(scores: Mapping[str, np.ndarray], kind: str) -> list[np.ndarray]:
+    """Scores of the units of each block; embed is one row."""
+    values, masks = scores[kind], scores[f"mask_{kind}"] > 0
+    return [values[masks]] if kind == "embed" else [v[m] for v, m in zip(values, masks, strict=True)]
+
+
+def _plot_scores(plt: Any, scores: Mapping[str, np.ndarray]) -> Any:
+    figure, axes = plt.subplots(1, 5, figsize=(12, 2.8), width_ratios=(0.5, 1, 1, 1, 1))
+    for axis, (kind, title) in zip(axes, _UNITS, strict=True):
+        rows = _by_block(scores, kind)
+        positive = [r[r > 0] if (r > 0).any() else np.array([np.nan]) for r in rows]
+        low, middle, high = (np.array([np.quantile(r, q) for r in positive]) for q in (0.1, 0.5, 0.9))
+        blocks = np.arange(len(rows))
+        axis.errorbar(blocks, middle, yerr=(middle - low, high - middle), fmt="o", color=_PRUNED, ms=4)
+        axis.set_yscale("log")
+        axis.set_title(title)
+        others = sum(int((r <= 0).sum()) for r in rows)
+        axis.set_xlabel(("block" if len(rows) > 1 else "") + (f"\n{others} not positive" if others else ""))
+        axis.set_xticks(blocks if len(rows) <= 12 and len(rows) > 1 else [])
+    figure.tight_layout()
+    return figure
+
+
+def _plot_sensitivity(plt: Any, scores: Mapping[str, np.ndarray], unit: str) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 2.8))
+    for (kind, title), marker in zip(_UNITS, "Ds^vo", strict=True):
+        median = np.array([np.median(r) for r in _by_block(scores, kind)])
+        if kind in ("qk", "v"):  # one width less is one dim of every head
+            median = median * scores["mask_head"].sum(-1)
+        value = median / np.maximum(np.atleast_1d(scores[f"saving_{kind}"]), 1e-30)
+        value = np.where(value > 0, value, np.nan)
+        if kind == "embed":
+            axis.axhline(value[0], color=_DENSE, label=title)
+        else:
+            axis.plot(range(len(value)), value, marker=marker, label=title)
+    axis.set_yscale("log")
+    axis.set_xlabel("block")
+    axis.set_ylabel(f"score per {unit}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
 

@@ -87,10 +87,17 @@ def test_the_python_api_gives_the_accuracy_of_the_report(finished):
 
 def test_the_report_is_one_page_without_outside_links(finished):
     page = (finished / "report.html").read_text()
-    assert page.count("<svg") == 3 and "<table>" in page
+    assert page.count("<svg") == 6 and "<table>" in page
     for word in ("src=", 'href="http', "@import", "<script"):
         assert word not in page
-    for word in ("finetuned", "Widths per block", "magnitude", "prune.target.macs_ratio"):
+    for word in (
+        "finetuned",
+        "Widths per block",
+        "Sensitivity",
+        "Saliency of the model before",
+        "magnitude",
+        "prune.target.macs_ratio",
+    ):
         assert word in page
 
 

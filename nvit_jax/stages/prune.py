@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, latency, models, optim, prune, ranking
 from nvit_jax.api import Model, save_model
+from nvit_jax.checkpoint import saving
 from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks
-from nvit_jax.parallel import Parallel
+from nvit_jax.parallel import Parallel, is_main
 from nvit_jax.reshape import reshape
 from nvit_jax.stages import rules
 from nvit_jax.stages.common import (
@@ -155,6 +156,22 @@ def _save_snapshots(
     return save
 
 
+def _keep_scores(run: Run, scores: Units, dims: ViTDims, predict: Callable[[ViTDims], float] | None) -> None:
+    """scores.npz, for the report: the scores of the model before pruning, and what a unit of each kind saves."""
+    if not is_main():
+        return
+    unit = "ms" if predict else "million MACs"
+    savings = ranking.unit_savings(dims, predict or (lambda d: count_macs(d) / 1e6))
+    path = run.stage.path / "scores.npz"
+    arrays: dict[str, Any] = {**scores._asdict(), "saving_unit": unit}
+    arrays |= {f"saving_{kind}": value for kind, value in savings.items()}
+    arrays |= {f"mask_{kind}": value for kind, value in full_masks(dims)._asdict().items()}
+    with saving(path):
+        beside = path.with_name(".scores.tmp.npz")
+        np.savez(beside, **arrays)
+        beside.replace(path)
+
+
 def _no_snapshot(state: distill.TrainState, before: ViTDims, after: ViTDims) -> None:
     """Without a latency model there are none."""
 
@@ -220,7 +237,10 @@ def _prune(
                 steps[pruning > 0][1](distill.Inputs(train, teacher, hard_params), batch),
             )
             total = part if total is None else jax.tree.map(np.add, total, part)
-        return jax.tree.map(lambda s: s / batches, total)
+        scores = jax.tree.map(lambda s: s / batches, total)
+        if pruning == 0:
+            _keep_scores(run, scores, dims, predict)
+        return scores
 
     def train(state: prune.PruneState, until: int) -> distill.TrainState:
         step = steps[int(state.prunings) > 0][0]
