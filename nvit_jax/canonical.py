@@ -139,7 +139,7 @@ def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, 
     return tuple(found)
 
 
-def nvit_masks(read: Callable[[str], np.ndarray], shapes: Mapping[str, Any], heads: tuple[int, ...]) -> dict[str, Any]:
+def nvit_masks(read: Callable[[str], np.ndarray], heads: tuple[int, ...]) -> dict[str, Any]:
     """Which units a pruned full-size NViT keeps: those whose weights are not all zero.
 
     Takes canonical tensors; {"embed": [D], "head": [[H] per block], "qk": [[H, Q]], "v": [[H, V]], "mlp": [[M]]}.

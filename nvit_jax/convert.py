@@ -230,7 +230,7 @@ def _with_classifier(shapes: Shapes, read: Read, classes: int | None) -> tuple[S
 
 
 def _nvit_masks(dims: ViTDims, file: Canonical) -> Units:
-    found = nvit_masks(file.read, file.shapes, dims.heads)
+    found = nvit_masks(file.read, dims.heads)
     masks = full_masks(dims)
     masks.embed[:] = found["embed"]
     for i in range(dims.depth):

@@ -39,6 +39,11 @@ class Preprocessing:
         return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
+    def imagenet(cls, size: int) -> "Preprocessing":
+        """DeiT's, of image files."""
+        return cls(size, 255.0, IMAGENET_MEAN, IMAGENET_STD, round(size * 256 / 224), "bicubic")
+
+    @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """TypeError or KeyError when the values are not what `to_json` gives."""
         return cls(**dict(values) | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
@@ -170,8 +175,8 @@ def _folder(
         raise UserError("config.data.holdout splits config.data.train; leave config.data.val unset")
     folders, names = read_classes(pathlib.Path(classes))
     label_of = {folder: i for i, folder in enumerate(folders)}
-    pre = pre or Preprocessing(224, 255.0, IMAGENET_MEAN, IMAGENET_STD, 256, "bicubic")
-    splits, listed = {}, {}
+    pre = pre or Preprocessing.imagenet(224)
+    splits = {}
     for split, root in (("train", train), ("val", val if holdout is None else train)):
         if root is None:
             continue
@@ -191,9 +196,17 @@ def _folder(
         )
         labels = np.array([label_of[file.split("/")[0]] for file in files], np.int32)
         splits[split] = Split(images, labels)
-        listed[split] = {(file, (pathlib.Path(root) / file).stat().st_size) for file in files}
-    overlap = len(listed.get("train", set()) & listed.get("val", set()))
-    return Dataset(splits, names, pre, overlap)
+    return Dataset(splits, names, pre, _overlap(splits))
+
+
+def _overlap(splits: Mapping[str, Split]) -> int:
+    """Images of val that are in train: files of the same name in the same class, and of the same size."""
+    if len(splits) < 2:
+        return 0
+    train, val = (splits[name].images for name in ("train", "val"))
+    assert isinstance(train, ImageFiles) and isinstance(val, ImageFiles)
+    common = set(train.names) & set(val.names)
+    return sum((train.root / name).stat().st_size == (val.root / name).stat().st_size for name in common)
 
 
 def some(split: Split, count: int | None) -> Split:

@@ -81,10 +81,6 @@ def _facts(model: Model) -> dict[str, Any]:
     return {"dims": model.dims.to_json()} | info
 
 
-def _torch_state(model: Model) -> dict[str, np.ndarray]:
-    return interchange.to_torch(model.dims, model.params)
-
-
 # ------------------------------------------------------------------------------------------- safetensors
 
 
@@ -93,7 +89,9 @@ def write_safetensors(model: Model, directory: Path, dtype: str = "float32") -> 
     from safetensors.numpy import save_file
 
     path = directory / _file_name(dtype, "safetensors")
-    state = {name: value.astype(jnp.dtype(dtype)) for name, value in _torch_state(model).items()}
+    state = {
+        name: value.astype(jnp.dtype(dtype)) for name, value in interchange.to_torch(model.dims, model.params).items()
+    }
     save_file(state, path, metadata={"format": "pt", "nvit_jax": json.dumps(_facts(model))})
     shutil.copyfile(Path(__file__).with_name("torch_vit.py"), directory / "vit.py")
     try:
@@ -160,7 +158,9 @@ def write_onnx(model: Model, directory: Path, dtype: str = "float32") -> Written
         raise UserError(f'config.export.formats: "onnx" needs pip install -e ".[onnx]" ({error})') from error
     kind = {"float32": torch.float32, "float16": torch.float16}[dtype]
     twin = torch_vit.ViT(model.dims.to_json())
-    twin.load_state_dict({name: torch.from_numpy(value) for name, value in _torch_state(model).items()})
+    twin.load_state_dict(
+        {name: torch.from_numpy(value) for name, value in interchange.to_torch(model.dims, model.params).items()}
+    )
     twin = twin.to(kind).eval()
     size, channels = model.dims.image, model.dims.channels
     path = directory / _file_name(dtype, "onnx")

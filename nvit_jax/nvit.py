@@ -11,7 +11,6 @@ engine does and the paper does not say:
   - the last run of a layer stays, whatever the floors say.
 """
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
+from nvit_jax import ranking
 from nvit_jax.checkpoint import read_json
 from nvit_jax.dims import Units, ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.masks import kept_dims
-from nvit_jax.ranking import Ranking, Removal, Target
+from nvit_jax.ranking import Cost, Ranking, Removal, Target
 
 # Below these widths (inclusive) a layer's saving counts as 0; embed has no such guard.
 _SMALL = {"head": 2, "qk": 8, "v": 8, "mlp": 16}
@@ -119,25 +119,13 @@ def flatten(units: Units) -> list[np.ndarray]:
     return [np.asarray(layer, np.float64) for layer in layers]
 
 
-def unit_savings(table: Any, dims: ViTDims) -> list[float]:
-    """Seconds saved by one unit less of each layer, in the order of `flatten`; embed over all blocks."""
-
-    def seconds(d: ViTDims, block: int) -> float:
-        if isinstance(table, ReleasedTable):
-            return table.blocks(d)[block]
-        return table(d) / 1e3
-
-    less = dataclasses.replace(dims, embed=dims.embed - 1)
-    savings = [(table(dims) - table(less)) / 1e3]
+def unit_savings(table: Cost, dims: ViTDims) -> list[float]:
+    """Seconds saved by one unit less of each layer, in the order of `flatten`; `table(dims)` gives milliseconds."""
+    savings = ranking.unit_savings(dims, table)
+    out = [float(savings["embed"])]
     for i in range(dims.depth):
-        for kind, field in _FIELD.items():
-            widths = getattr(dims, field)
-            if widths[i] <= _SMALL[kind]:
-                savings.append(0.0)
-                continue
-            narrower: dict[str, Any] = {field: (*widths[:i], widths[i] - 1, *widths[i + 1 :])}
-            savings.append(seconds(dims, i) - seconds(dataclasses.replace(dims, **narrower), i))
-    return savings
+        out += [0.0 if getattr(dims, _FIELD[k])[i] <= least else float(savings[k][i]) for k, least in _SMALL.items()]
+    return [ms / 1e3 for ms in out]
 
 
 def prune_step(
@@ -174,7 +162,7 @@ def rank(
     dims: ViTDims,
     sizes: Mapping[str, int],
     targets: Sequence[Target],
-    table: Any,
+    table: Cost,
     *,
     eta: float,
     done: int,

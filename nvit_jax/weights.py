@@ -1,7 +1,6 @@
 """Checkpoint files of other frameworks: opened without running any code that they hold, tensors read one at a time."""
 
 import argparse
-import collections
 import contextlib
 import json
 import pathlib
@@ -155,7 +154,7 @@ def read_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
     """A JSON file in the checkpoint's directory (config.json of a hub model); {} when there is none."""
     file = path.with_name(name)
     if not file.is_file():
-        return collections.defaultdict(dict)
+        return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

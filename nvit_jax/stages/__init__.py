@@ -76,12 +76,8 @@ def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: b
     if name == "report":
         directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
     inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
-    for key in (
-        "model",
-        "data.path",
-        "latency.table",
-        "finetune.teacher",
-    ):  # what the user gives stands for its content
+    # What the user gives stands for its content.
+    for key in ("model", "data.path", "latency.table", "prune.teacher", "finetune.teacher"):
         value = flatten_config(handed).get(key)
         if value and pathlib.Path(value).exists():
             inputs[key] = fingerprint(pathlib.Path(value))

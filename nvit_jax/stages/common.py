@@ -70,9 +70,7 @@ def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) ->
     facts = (info or {}).get("preprocessing")
     preprocessing = None if facts is None else data.Preprocessing.from_json(facts)
     if preprocessing is None and run.config.data.name == "folder":
-        resize = round(dims.image * 256 / 224)
-        mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
-        preprocessing = data.Preprocessing(dims.image, 255.0, mean, std, resize, "bicubic")
+        preprocessing = data.Preprocessing.imagenet(dims.image)
     dataset = data.load_dataset(**run.config.data.to_dict(), preprocessing=preprocessing)
     data.check_fits(dataset, dims.image, dims.channels, dims.classes)
     if dataset.overlap:

@@ -5,11 +5,11 @@ from typing import Any
 
 from nvit_jax import latency, report
 from nvit_jax.api import load_model
-from nvit_jax.checkpoint import fingerprint, read_json, write_json
+from nvit_jax.checkpoint import read_json, write_json
 from nvit_jax.dims import count_macs, count_params
 from nvit_jax.parallel import Parallel, is_main
 from nvit_jax.ranking import group_sizes
-from nvit_jax.stages.common import Run, compute_dtype, dense_dir, dense_model, evaluator, load_data, need
+from nvit_jax.stages.common import Run, compute_dtype, dense_model, evaluator, load_data, need
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
@@ -49,10 +49,11 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     A model that an earlier evaluation has scored is not scored again; latency is measured side by side, each time.
     """
     c = run.config
-    found, ids = {"dense": dense_model(run)}, {"dense": fingerprint(dense_dir(run))}
+    inputs = (run.stage.record() or {})["inputs"]  # ids of what this stage reads
+    found, ids = {"dense": dense_model(run)}, {"dense": inputs.get("model") or inputs["pretrain"]}
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
-            found[name], ids[name] = load_model(run.workdir / stage / "model"), run.other(stage).id()
+            found[name], ids[name] = load_model(run.workdir / stage / "model"), inputs[stage]
     dataset = load_data(run, found["dense"].dims, found["dense"].info)
     parallel = Parallel.create(c.parallel)
     known_path = run.stage.path / "scores.json"

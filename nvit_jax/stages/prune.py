@@ -1,6 +1,8 @@
 """prune: score, rank, mask and train until the targets hold; cut the masks out; check and measure the result."""
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
-from nvit_jax.masks import full_masks
+from nvit_jax.masks import full_masks, to_numpy
 from nvit_jax.parallel import Parallel, is_main
 from nvit_jax.reshape import reshape
 from nvit_jax.stages import rules
@@ -86,21 +88,29 @@ def prune_model(run: Run) -> dict[str, Any]:
 def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Dataset) -> tuple[ViTDims, float]:
     """Write masked/ and model/; returns the compact dims and the largest difference of the logits."""
     stage, dims = run.stage, dense.dims
-    masks = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
-    params = jax.device_get(state.train.params)
-    compact_dims, compact = reshape(params, masks, dims)
+    masked, small = _cut(state.train, dims)
     images = dataset.preprocessing(dataset.split("val").images[:64])
     with jax.default_matmul_precision("float32"):
-        masked_logits = np.asarray(models.forward(dims, params, images, masks))
-        compact_logits = np.asarray(models.forward(compact_dims, compact, images))
+        masked_logits = np.asarray(models.forward(dims, masked.params, images, masked.masks))
+        compact_logits = np.asarray(models.forward(small.dims, small.params, images))
     difference = float(np.abs(masked_logits - compact_logits).max())
     # Ten times what float32 explains: beyond it the two are not the same function.
     if not difference <= 1e-4 * max(1.0, float(np.abs(masked_logits).max())):
         raise RuntimeError(f"the compact model differs from the masked one by {difference}")
-    info = _info(run, dense, dataset)
-    save_model(stage.path / "masked", Model(dims, params, masks, info))
-    save_model(stage.path / "model", Model(compact_dims, compact, info=info))
-    return compact_dims, difference
+    _save_pair(stage.path, masked, small, _info(run, dense, dataset))
+    return small.dims, difference
+
+
+def _cut(state: distill.TrainState, dims: ViTDims) -> tuple[Model, Model]:
+    """The masked model and the compact one, on the host."""
+    assert state.masks is not None
+    masks, params = to_numpy(state.masks), jax.device_get(state.params)
+    return Model(dims, params, masks), Model(*reshape(params, masks, dims))
+
+
+def _save_pair(place: pathlib.Path, masked: Model, compact: Model, info: dict[str, Any]) -> None:
+    save_model(place / "masked", dataclasses.replace(masked, info=info))
+    save_model(place / "model", dataclasses.replace(compact, info=info))
 
 
 def _phase(
@@ -145,12 +155,8 @@ def _save_snapshots(
         for ratio in run.config.prune.snapshots:
             if predict(before) > ratio * whole >= predict(after):
                 place = run.stage.path / "snapshots" / str(ratio)
-                masks = Units(*(np.asarray(m) for m in state.masks))  # type: ignore[union-attr]
-                params = jax.device_get(state.params)
-                dims, compact = reshape(params, masks, dense.dims)
                 facts = {"provenance": info["provenance"] | {"snapshot": ratio}}
-                save_model(place / "masked", Model(dense.dims, params, masks, info | facts))
-                save_model(place / "model", Model(dims, compact, info=info | facts))
+                _save_pair(place, *_cut(state, dense.dims), info | facts)
                 run.stage.say(f"snapshot {ratio}: predicted latency x{predict(after) / whole:.3f}, {place}")
 
     return save
@@ -211,7 +217,8 @@ def _prune(
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, preprocess) if p.teacher else None
     hard_params = None if teacher_model is None else parallel.replicate(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
-    steps = [_phase(c, dims, optimizer, parallel, teacher_model, first=first) for first in (True, False)]
+    later = _phase(c, dims, optimizer, parallel, teacher_model, first=False)
+    steps = [_phase(c, dims, optimizer, parallel, teacher_model, first=True) if p.plain_first else later, later]
     masks = full_masks(dims)
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
     if (found := stage.saver.restore(state, stage.say)) is not None:
