@@ -57,7 +57,8 @@ def _tiny(c: ConfigDict) -> None:
     c.data.name, c.dtype, c.eval.split = "digits", "float32", "test"
     c.vit.update(image=8, patch=4, channels=1, classes=10, embed=64, depth=2, heads=4, mlp=128, dist_token=True)
     c.vit.update(init_std=0.1, position_std=0.5)
-    c.latency.update(batch=256, models=5, checks=1, repeats=3)
+    c.latency.update(batch=256, models=3, repeats=3)
+    c.latency.widths.update(embed=2, heads=2, qk=2, v=2, mlp=3)
     c.pretrain.update(epochs=1.0, learning_rate=3e-3)
     c.prune.update(interval=1, groups_per_step=1, batch=32, hard_alpha=0.0, kl_weight=10.0)
     c.prune.score.update(batch=64, batches=1)

@@ -57,11 +57,16 @@ def default_config() -> ConfigDict:
     c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
 
     c.latency = ConfigDict()
-    c.latency.table = placeholder(str)  # metrics.json of another run's latency stage to use instead
+    c.latency.table = placeholder(str)  # table.json of another run's latency stage, or the released NViT's, instead
+    # Of a device that is not here: an estimate instead of a measurement, when tflops and gbs are set (roofline.py).
+    c.latency.roofline = ConfigDict()
+    c.latency.roofline.tflops = placeholder(float)  # peak in config.dtype, 10^12 operations a second
+    c.latency.roofline.gbs = placeholder(float)  # memory bandwidth, 10^9 bytes a second
+    c.latency.roofline.tile = 1  # widths are padded to a multiple of it (TPU: 128)
     c.latency.batch = 256  # images in the timed batch
-    c.latency.models = 16  # random widths that the latency model is fitted on
-    c.latency.checks = 4  # further ones that only measure its error
-    c.latency.repeats = 15  # timings of each model; the median counts
+    c.latency.widths = ConfigDict({"embed": 4, "heads": 4, "qk": 4, "v": 4, "mlp": 6})  # grid points of each axis
+    c.latency.models = 8  # whole models of random widths that the pieces are corrected by
+    c.latency.repeats = 15  # timings of everything; the median counts
 
     c.prune = prune = ConfigDict()
     prune.criterion = "hvp"  # hvp obd fisher taylor hvp_joint magnitude random
@@ -79,7 +84,8 @@ def default_config() -> ConfigDict:
     score.chunk = 16  # units that are probed together by "chunk"
     score.probes = 1  # hvp, obd: probes per example and confinement
     score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
-    # per_cost: score / saving; eta: score - eta * ms saved; nvit: the released engine's, eta per second (nvit.py)
+    # per_cost: score / saving; solve: the least score for the target (allocation.py); eta: score - eta * ms saved;
+    # nvit: the released engine's, eta per second (nvit.py)
     prune.rule = "per_cost"
     prune.eta = 5e-4
     prune.reset_scores = False  # forget the scores' average after the first pruning (NViT)
@@ -204,7 +210,7 @@ def check_config(c: ConfigDict) -> None:
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),
         ("mode", p.mode, MODES),
-        ("rule", p.rule, ("per_cost", "eta", "nvit")),
+        ("rule", p.rule, ("per_cost", "solve", "eta", "nvit")),
         ("align", p.align, ("per_head", "shared")),
         ("profile", p.profile, PROFILES),
         ("score.loss", p.score.loss, (None, *SCORE_LOSSES)),
@@ -219,6 +225,8 @@ def check_config(c: ConfigDict) -> None:
         p.rule,
         'needs prune.align="shared" and prune.mode="iterative", as the released engine works',
     )
+    good = p.rule != "solve" or p.mode != "iterative"
+    need(good, "prune.rule", p.rule, "solves for a target; prune.mode=iterative goes a few groups at a time")
     for criterion in c.compare:
         need(criterion in CRITERIA, "compare", tuple(c.compare), f"{criterion!r} is not one of {', '.join(CRITERIA)}")
     for name, value in p.target.items():
@@ -226,8 +234,16 @@ def check_config(c: ConfigDict) -> None:
         need(good, f"prune.target.{name}", value, "must be in (0, 1]" if name.endswith("_ratio") else "must be > 0")
     for key in ("batch", "batches", "chunk", "probes"):
         need(c.prune.score[key] > 0, f"prune.score.{key}", c.prune.score[key], "must be > 0")
-    for key in ("batch", "models", "repeats"):
+    for key in ("batch", "repeats"):
         need(c.latency[key] > 0, f"latency.{key}", c.latency[key], "must be > 0")
+    need(c.latency.models >= 0, "latency.models", c.latency.models, "must be >= 0")
+    roofline = c.latency.roofline
+    given = [value for value in (roofline.tflops, roofline.gbs) if value is not None]
+    good = len(given) in (0, 2) and all(value > 0 for value in given) and roofline.tile >= 1
+    need(good, "latency.roofline", roofline.to_dict(), "set tflops and gbs, both > 0, or none; tile >= 1")
+    need(not (given and c.latency.table), "latency.table", c.latency.table, "it excludes latency.roofline")
+    for axis, count in c.latency.widths.items():
+        need(count >= 2, f"latency.widths.{axis}", count, "must be at least 2: the smallest width and the full one")
     holdout = c.data.holdout
     need(holdout is None or 0 < holdout < 1, "data.holdout", holdout, "must be between 0 and 1")
     need(c.prune.eval_images > 0, "prune.eval_images", c.prune.eval_images, "must be > 0")

@@ -8,6 +8,7 @@ bias, mlp = rows of fc2. In LayerNorm it is a constant: statistics run over the 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import einops
@@ -20,6 +21,7 @@ from nvit_jax.dims import Units, ViTDims
 from nvit_jax.groups import Params
 
 Dtype = Any
+PARTS = ("attention", "mlp")  # of a block
 _STD = 0.02
 _kernel_init = nn.initializers.truncated_normal(_STD)
 
@@ -88,6 +90,7 @@ class Block(nn.Module):
     dtype: Dtype = None
     drop_path: float = 0.0
     dropout: float = 0.0
+    parts: tuple[str, ...] = PARTS
 
     @nn.compact
     def __call__(
@@ -105,23 +108,26 @@ class Block(nn.Module):
                 branch = branch * self.param(name, nn.initializers.constant(1e-4), (d.embed,)).astype(branch.dtype)
             return _gate(_drop_path(branch, path_keys if self.drop_path else None, rate), embed)
 
-        y = norm(name="norm1")(x, embed)
-        q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
-        k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
-        v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", _gate(q, gates.qk) * d.qk_scale, k)
-        weights = jax.nn.softmax(logits.astype(_wide(logits.dtype))).astype(v.dtype)
-        z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
-        z = _gate(z, gates.v)
-        z = z if gates.head is None else _gate(z, gates.head[..., None])
-        y = dense(d.embed, axis=(-2, -1), name="proj")(z)
-        x = x + write(_dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
+        if "attention" in self.parts:
+            y = norm(name="norm1")(x, embed)
+            q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
+            k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
+            v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
+            logits = jnp.einsum("bqhd,bkhd->bhqk", _gate(q, gates.qk) * d.qk_scale, k)
+            weights = jax.nn.softmax(logits.astype(_wide(logits.dtype))).astype(v.dtype)
+            z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
+            z = _gate(z, gates.v)
+            z = z if gates.head is None else _gate(z, gates.head[..., None])
+            y = dense(d.embed, axis=(-2, -1), name="proj")(z)
+            x = x + write(_dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
 
-        y = norm(name="norm2")(x, embed)
-        y = dense(d.mlp[i], name="fc1")(y)
-        y = _gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
-        y = dense(d.embed, name="fc2")(y)
-        return x + write(_dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3]), None
+        if "mlp" in self.parts:
+            y = norm(name="norm2")(x, embed)
+            y = dense(d.mlp[i], name="fc1")(y)
+            y = _gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+            y = dense(d.embed, name="fc2")(y)
+            x = x + write(_dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
+        return x, None
 
 
 class ViT(nn.Module):
@@ -136,6 +142,7 @@ class ViT(nn.Module):
     dtype: Dtype = None
     drop_path: float = 0.0
     dropout: float = 0.0
+    parts: tuple[str, ...] = PARTS
 
     def _stream(self, images: jax.Array) -> jax.Array:
         """Patch embedding, tokens and positions: [B, N, D]."""
@@ -186,7 +193,9 @@ class ViT(nn.Module):
             x, _ = blocks(x, jnp.arange(d.depth), gates, embed, keys)
         else:
             for i in range(d.depth):
-                x, _ = block(i, name=f"block_{i}")(x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys)
+                x, _ = block(i, parts=self.parts, name=f"block_{i}")(
+                    x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys
+                )
 
         norm = LayerNorm(eps=d.norm_eps, dtype=self.dtype, name="norm")
         if not d.norm_after_pool:
@@ -278,8 +287,23 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
     return groups.unflatten(leaves)
 
 
+def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax.Array], jax.Array], Params, Any]:
+    """What can be timed of a deployed model: a function of params and input, their shapes (the input's for batch 1).
+
+    "attention" and "mlp" are the parts of block 0, norm and residual included, on the stream [B, N, D]; "rest" is the
+    model without its blocks and "model" all of it, unrolled, from images to the mean of the classifiers.
+    """
+    if name in PARTS:
+        block = Block(dims, 0, dtype=dtype, parts=(name,))
+        stream = jax.ShapeDtypeStruct((1, dims.tokens, dims.embed), dtype)
+        params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, 0, None, None, None)["params"], stream)
+        return lambda p, x: block.apply({"params": p}, x, 0, None, None, None)[0], params, stream
+    module = ViT(dims, scan=False, dtype=dtype, parts=() if name == "rest" else PARTS)
+    images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
+    params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
+    return lambda p, x: module.apply({"params": p}, x).mean(1), params, images  # type: ignore[union-attr]
+
+
 def shapes(dims: ViTDims) -> Params:
     """Shapes and types of the parameters (jax.ShapeDtypeStruct), in the per-block layout."""
-    images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
-    module = ViT(dims, scan=False)
-    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
+    return piece(dims, "model", None)[1]

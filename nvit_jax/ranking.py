@@ -82,6 +82,10 @@ class Policy:
                 if values[kind] < 1:
                     raise UserError(f"prune: the {name} of {kind} is {values[kind]}; it must be at least 1")
 
+    def may_go(self, kind: str, block: int) -> bool:
+        """Whether groups of this kind may go from this block."""
+        return kind in self.kinds and (kind == "embed" or block not in self.protected)
+
     def size(self, kind: str, dims: ViTDims, block: int) -> int:
         if kind == "head" and dims.heads[block] < _FEW_HEADS:
             return 1
@@ -114,12 +118,15 @@ class Ranking(NamedTuple):
         return max((r.key for r in self.removed), default=None)
 
 
-class _Pick(NamedTuple):
+class Pick(NamedTuple):
     """The weakest group of one kind in one block."""
 
     score: float
     units: int
     entries: tuple[np.ndarray | int, ...]  # of the mask
+
+
+Slot = tuple[str, int]  # a kind, and the block (0 for embed)
 
 
 def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Cost | None) -> list[Target]:
@@ -155,7 +162,7 @@ def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
         raise UserError(f"prune.protected: there is no block {bad[0]}; the model has {dims.depth}")
 
     def shrink(kind: str, width: int, block: int) -> int:
-        if kind not in policy.kinds or (kind != "embed" and block in policy.protected):
+        if not policy.may_go(kind, block):
             return width
         size, floor = policy.size(kind, dims, block), policy.floors[kind]
         while (rest := width - (width % size or size)) >= max(floor, 1):
@@ -195,12 +202,11 @@ def rank(
     The result is at most each target, and no further below the last one met than one group explains.
     """
     masks = check_masks(masks, dims)
-    masks = Units(*(m.copy() for m in masks))
     scores = Units(*(np.asarray(s, np.float64) for s in scores))
     now = kept_dims(masks, dims)
-    slots = [("embed", 0)] + [(kind, i) for kind in KINDS[1:] for i in range(dims.depth) if i not in policy.protected]
-    slots = [slot for slot in slots if slot[0] in policy.kinds]
-    picks: dict[tuple[str, int], _Pick | None] = {slot: _weakest(slot, scores, masks, dims, policy) for slot in slots}
+    slots = [("embed", 0)] + [(kind, i) for kind in KINDS[1:] for i in range(dims.depth)]
+    slots = [slot for slot in slots if policy.may_go(*slot)]
+    picks = {slot: weakest(slot, scores, masks, dims, policy) for slot in slots}
     removed: list[Removal] = []
     nonpositive = 0
     exhausted = False
@@ -218,16 +224,14 @@ def rank(
             exhausted = True
             break
         key, (kind, block), pick = best
-        getattr(masks, kind)[pick.entries] = 0
+        masks = remove(masks, kind, pick)
         now = _without(now, (kind, block), pick.units)
         nonpositive += pick.score <= 0
         removed.append(Removal(kind, block, pick.units, pick.score, key[1]))
-        picks[kind, block] = _weakest((kind, block), scores, masks, dims, policy)
-        if kind == "head":  # rows of query/key and value dims run over the live heads
-            masks = normalize(masks)
-            for row_kind in ("qk", "v"):
-                if (row_kind, block) in picks:
-                    picks[row_kind, block] = _weakest((row_kind, block), scores, masks, dims, policy)
+        changed = ("head", "qk", "v") if kind == "head" else (kind,)  # rows of qk and v run over the live heads
+        for other in changed:
+            if (other, block) in picks:
+                picks[other, block] = weakest((other, block), scores, masks, dims, policy)
     return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
 
 
@@ -243,7 +247,16 @@ def unit_savings(dims: ViTDims, cost: Cost) -> dict[str, np.ndarray]:
     return {"embed": np.array(saved("embed", 0)), **blocks}
 
 
-def _weakest(slot: tuple[str, int], scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> _Pick | None:
+def remove(masks: Units, kind: str, pick: Pick) -> Units:
+    """The masks without one group; a removed head takes its query/key and value dims along."""
+    changed = getattr(masks, kind).copy()
+    changed[pick.entries] = 0
+    masks = masks._replace(**{kind: changed})
+    return normalize(masks) if kind == "head" else masks
+
+
+def weakest(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> Pick | None:
+    """The group of this kind and block that goes first, None when none may go."""
     kind, block = slot
     mask, score = getattr(masks, kind), getattr(scores, kind)
     at: tuple[int, ...] = () if kind == "embed" else (block,)
@@ -267,11 +280,11 @@ def _weakest(slot: tuple[str, int], scores: Units, masks: Units, dims: ViTDims, 
         return None
     if kind in ("qk", "v"):
         weakest = order[:, :units]
-        return _Pick(float(score[heads[:, None], weakest].sum()), units, (block, heads[:, None], weakest))
-    return _Pick(float(score[order[:units]].sum()), units, (*at, order[:units]))
+        return Pick(float(score[heads[:, None], weakest].sum()), units, (block, heads[:, None], weakest))
+    return Pick(float(score[order[:units]].sum()), units, (*at, order[:units]))
 
 
-def _without(dims: ViTDims, slot: tuple[str, int], units: int) -> ViTDims:
+def _without(dims: ViTDims, slot: Slot, units: int) -> ViTDims:
     kind, block = slot
     if kind == "embed":
         return dataclasses.replace(dims, embed=dims.embed - units)

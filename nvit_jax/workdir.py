@@ -110,7 +110,9 @@ class StageDir:
 
     def _nothing_yet(self, record: Mapping[str, Any]) -> bool:
         """Begun, but nothing saved that could be lost or resumed."""
-        return record["status"] == "running" and not any((self.path / "state").glob("[0-9]*"))
+        return record["status"] == "running" and not (
+            (self.path / "cells.json").exists() or any((self.path / "state").glob("[0-9]*"))
+        )
 
     def _mark_later_stale(self) -> None:
         for name in STAGES[STAGES.index(self.name) + 1 :]:
@@ -198,8 +200,9 @@ class StageDir:
             self._bar = None
             self._close()
 
-    def advance(self, step: int, text: str) -> None:
+    def advance(self, step: int, text: str, total: int | None = None) -> None:
         if self._bar is not None:
+            self._bar.total = total or self._bar.total
             self._bar.update(step - self._bar.n)
             if text:
                 self._bar.set_postfix_str(text, refresh=False)

@@ -10,10 +10,10 @@ PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors torch_vit torch_regnet",
     "dims losses parallel config weights layouts images",
-    "checkpoint groups data evaluate canonical positions",
+    "checkpoint groups data evaluate roofline canonical positions",
     "workdir masks models teachers interchange",
-    "report optim saliency ranking latency detect",
-    "nvit api cli distill reshape",
+    "report optim saliency ranking timing detect",
+    "latency allocation nvit api cli distill reshape",
     "prune convert export",
     "stages.common",
     "stages.rules",

@@ -147,7 +147,7 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
     assert again["top1"] == read(finished / "summary.json")["pruned"]["top1"]
     second = tmp_path / "iterative"
     model = f"--config.model={finished / 'pretrain' / 'model'}"
-    table = f"--config.latency.table={finished / 'latency' / 'metrics.json'}"
+    table = f"--config.latency.table={finished / 'latency' / 'table.json'}"
     arguments = ("mode=iterative", "groups_per_step=1", "target.macs_ratio=0.4", "align=shared", "rule=eta")
     overrides = [f"--config.prune.{a}" for a in (*arguments, "criterion=taylor")]
     assert call("--workdir", second, model, table, "--stage=prune", "--config.parallel=pmap", *overrides) == 0

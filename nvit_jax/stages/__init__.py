@@ -12,10 +12,10 @@ import nvit_jax
 from nvit_jax.checkpoint import fingerprint, read_json, write_json
 from nvit_jax.config import flatten_config
 from nvit_jax.errors import UserError
-from nvit_jax.latency import device_name
 from nvit_jax.parallel import is_main, main_decides
 from nvit_jax.stages import export, measure, prune, train
 from nvit_jax.stages.common import Run
+from nvit_jax.timing import device_name
 from nvit_jax.workdir import StageDir, check_workdir
 
 _COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
@@ -61,8 +61,8 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
     for name in names:
         if name == "pretrain" and config.model and len(names) > 1:
             continue  # the model to prune is given
-        if name == "latency" and config.latency.table and len(names) > 1:
-            continue  # so is the table
+        if name == "latency" and (config.latency.table or config.latency.roofline.tflops) and len(names) > 1:
+            continue  # so is the table, or the estimate
         _run_stage(config, workdir, name, force=force)
         if name == "eval":
             for criterion in config.compare:

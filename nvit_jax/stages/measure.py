@@ -3,44 +3,71 @@
 import functools
 from typing import Any
 
-from nvit_jax import latency, report
+from nvit_jax import latency, report, timing
 from nvit_jax.api import load_model
 from nvit_jax.checkpoint import read_json, write_json
 from nvit_jax.dims import count_macs, count_params
-from nvit_jax.parallel import Parallel, is_main
+from nvit_jax.distill import Stopped
+from nvit_jax.parallel import Parallel, is_main, wait_for_all
 from nvit_jax.ranking import group_sizes
+from nvit_jax.stages import rules
 from nvit_jax.stages.common import Run, compute_dtype, dense_model, evaluator, load_data, need
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
-    """Fit a latency model of this device for models like the dense one."""
+    """Time the pieces of models like the dense one on this device: W/latency/table.json. A stopped one goes on."""
     c = run.config
-    dims = dense_model(run).dims
-    sizes = group_sizes(c.prune.profile)
-    total = 2 + c.latency.models + c.latency.checks + c.latency.repeats
-    done = 0
+    dims, place = dense_model(run).dims, run.stage.path
+    if c.latency.roofline.tflops:
+        estimate = rules.roofline_of(c)
+        run.stage.say(f"dense {estimate(dims):.3f} ms for {c.latency.batch} images: {estimate.device}, not measured")
+        return {"estimated_dense_ms": estimate(dims), "device": estimate.device}
+    kept = place / "cells.json"
+    known = read_json(kept) if kept.exists() else {}
+    if known.pop("device", None) != timing.device_name():
+        known = {}
+    wait_for_all("read cells.json")  # before the main process writes it: all do the same work
 
-    def advance(steps: int) -> None:
-        nonlocal done
-        done += steps
-        run.stage.advance(done, "")
+    def keep(records: dict[str, Any]) -> None:
+        write_json(kept, records | {"device": timing.device_name()})
+        if run.stage.stopping:
+            raise Stopped("stopped while measuring latency")
 
-    with run.stage.progress(total):
-        model, errors = latency.fit(
+    with run.stage.progress(1, len(known)):
+        values = latency.measure_table(
             dims,
-            sizes,
+            group_sizes(c.prune.profile),
             batch=c.latency.batch,
             dtype=c.dtype,
-            count=c.latency.models,
-            checks=c.latency.checks,
+            counts=dict(c.latency.widths),
+            models=c.latency.models,
             repeats=c.latency.repeats,
-            advance=advance,
+            known=known,
+            keep=keep,
+            advance=lambda done, total: run.stage.advance(done, "", total),
         )
+    table = latency.LatencyTable(values)
+    write_json(place / "table.json", values)
+    left_out = latency.skipped(values)
+    for line in left_out:
+        run.stage.say(f"warning: does not fit in memory, estimated from its MACs: {line}")
+    dense = values["models"][0]
     run.stage.say(
-        f"dense {errors['dense_latency_ms']:.2f} ms for {c.latency.batch} images on {model.device}, "
-        f"prediction error {errors.get('check_error', errors['fit_error']):.1%}, {run.stage.seconds():.0f} s"
+        f"{len(values['cells'])} pieces and {len(values['models'])} models at batch {c.latency.batch} on "
+        f"{table.device}, spread {latency.spread([*values['cells'].values(), *values['models']]):.1%}, error on models "
+        + (f"left out {table.leave_one_out:.1%}, " if table.leave_one_out is not None else "not measured, ")
+        + f"{run.stage.seconds():.0f} s"
     )
-    return {"model": model.to_json(), "dims": dims.to_json()} | errors
+    return {
+        "dense_latency_ms": dense.get("ms"),
+        "predicted_dense_ms": table(dims),
+        "factors": dict(zip(("attention", "mlp", "rest"), table.factors.tolist(), strict=True)),
+        "leave_one_out_error": table.leave_one_out,
+        "smoothing": table.disorder,
+        "cells": len(values["cells"]),
+        "skipped": left_out,
+        "seconds": run.stage.seconds(),
+    }
 
 
 def evaluate_models(run: Run) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
             )
             known[name] = {"id": ids[name]} | score(parallel.replicate(found[name].params), None)
             write_json(known_path, known)
-    times = latency.measure(
+    times = timing.measure(
         [m.dims for m in found.values()], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
     )
     summary, last = {}, {}
@@ -95,7 +122,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
         last = summary[name] | {
             "loss": scores["loss"],
             "images_per_second": 1e3 * c.latency.batch / ms,
-            "device": latency.device_name(),
+            "device": timing.device_name(),
             "dtype": c.dtype,
             "calibration_overlap": dataset.overlap > 0,
         }

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nvit_jax import data, distill, latency, models, optim, prune, ranking
+from nvit_jax import data, distill, models, optim, prune, ranking, timing
 from nvit_jax.api import Model, save_model
 from nvit_jax.checkpoint import saving
 from nvit_jax.config import STAGES
@@ -58,7 +58,7 @@ def prune_model(run: Run) -> dict[str, Any]:
     state = _prune(run, dense, dataset, rules.ranker(p, dims, policy, targets, plan, predict), targets, plan, predict)
 
     compact_dims, difference = _finish(run, dense, state, dataset)
-    dense_ms, compact_ms = latency.measure(
+    dense_ms, compact_ms = timing.measure(
         [dims, compact_dims], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
     )
     predicted = predict(compact_dims) if predict else None

@@ -4,13 +4,16 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nvit_jax import latency, nvit, prune, ranking, saliency
+from nvit_jax import allocation, latency, nvit, prune, ranking, roofline, saliency, timing
 from nvit_jax.checkpoint import read_json
 from nvit_jax.dims import Units, ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.stages.common import Run
+
+_DISORDER = 0.1  # a change by smoothing that is worth a warning
 
 
 def policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
@@ -21,7 +24,7 @@ def policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> rank
         kinds=tuple(p.kinds),
         protected=tuple(p.protected),
         align=p.align,
-        rule="per_cost" if p.rule == "nvit" else p.rule,
+        rule="eta" if p.rule == "eta" else "per_cost",  # solve and nvit have their own
         eta=p.eta,
         latency=predict_ms,
     )
@@ -36,6 +39,10 @@ def ranker(
     predict: Callable[[ViTDims], float] | None,
 ) -> Callable[[Units, Units, int], ranking.Ranking]:
     """(scores, masks, pruning) -> what is left, by the configured rule."""
+    if p.rule == "solve":
+        return lambda scores, masks, pruning: allocation.allocate(
+            scores, masks, dims, policy, plan.targets(pruning, targets)
+        )
     if p.rule != "nvit":
         return lambda scores, masks, pruning: ranking.rank(
             scores, masks, dims, policy, plan.targets(pruning, targets), plan.max_groups
@@ -65,34 +72,43 @@ def criterion(p: ConfigDict) -> Callable[..., Any]:
     return saliency.criterion(p.criterion, **options)
 
 
-def latency_model(run: Run, dims: ViTDims) -> latency.LatencyModel | nvit.ReleasedTable | None:
-    """From config.latency.table (metrics.json of a latency stage, or the released NViT's JSON), else this run's."""
-    table = run.config.latency.table
-    if not table and not run.other("latency").done():
+LatencyModel = latency.LatencyTable | nvit.ReleasedTable | roofline.Roofline
+
+
+def latency_model(run: Run, dims: ViTDims) -> LatencyModel | None:
+    """The roofline of the config, or config.latency.table (table.json of a latency stage, or the released NViT's
+    JSON), else this run's table."""
+    c, given = run.config, run.config.latency.table
+    if c.latency.roofline.tflops:
+        estimate = roofline_of(c)
+        run.stage.say(f"warning: latency is an {estimate.device}, not measured")
+        return estimate
+    if not given and not run.other("latency").done():
         return None
-    path = pathlib.Path(table) if table else run.workdir / "latency" / "metrics.json"
-    metrics = read_json(path)
-    if isinstance(metrics, dict) and any(str(key).startswith("EMB_") for key in metrics):
-        return _released_table(run, path, dims)
-    try:
-        model = latency.LatencyModel.from_json(metrics["model"])
-        measured = ViTDims.from_json(metrics["dims"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what a latency stage writes ({error!r})") from error
-    if measured != dims:
-        raise UserError(f"{path} was measured for another model; redo it with --stage latency --force")
-    c = run.config
-    if (model.batch, model.dtype) != (c.latency.batch, c.dtype):
-        raise UserError(
-            f"{path} was measured at batch {model.batch} in {model.dtype}, the config says {c.latency.batch} in "
-            f"{c.dtype}; redo it with --stage latency --force"
-        )
-    if model.device != latency.device_name():
-        run.stage.say(f"warning: latency was measured on {model.device}, this is {latency.device_name()}")
-    return model
+    path = pathlib.Path(given) if given else run.workdir / "latency" / "table.json"
+    values = read_json(path)
+    if isinstance(values, dict) and any(str(key).startswith("EMB_") for key in values):
+        found: LatencyModel = _released_table(path, dims)
+    else:
+        found = latency.LatencyTable(values, str(path))
+        found.check_for(dims, c.latency.batch, c.dtype)
+        if found.disorder > _DISORDER:
+            run.stage.say(
+                f"warning: {path}: a wider piece is faster than a narrower one, smoothing changes a cell by "
+                f"{found.disorder:.0%}; measure again on a quiet machine"
+            )
+    if found.device != timing.device_name():
+        run.stage.say(f"warning: latency was measured on {found.device}, this is {timing.device_name()}")
+    return found
 
 
-def _released_table(run: Run, path: pathlib.Path, dims: ViTDims) -> nvit.ReleasedTable:
+def roofline_of(c: ConfigDict) -> roofline.Roofline:
+    """From config.latency.roofline, at latency.batch in config.dtype."""
+    r = c.latency.roofline
+    return roofline.Roofline(r.tflops, r.gbs, c.latency.batch, jnp.dtype(c.dtype).itemsize, r.tile)
+
+
+def _released_table(path: pathlib.Path, dims: ViTDims) -> nvit.ReleasedTable:
     found = nvit.ReleasedTable.read(path)
     found(dims)  # a model outside of the table is refused here
     if (dims.image, dims.patch, dims.depth) != (224, 16, 12):
@@ -100,5 +116,4 @@ def _released_table(run: Run, path: pathlib.Path, dims: ViTDims) -> nvit.Release
             f"{path} was measured for 12 blocks at 224 pixels in patches of 16; this model has {dims.depth} at "
             f"{dims.image} in patches of {dims.patch}"
         )
-    run.stage.say(f"warning: latency was measured on {found.device}, this is {latency.device_name()}")
     return found

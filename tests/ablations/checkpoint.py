@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from nvit_jax import data, export, latency, prune, ranking, saliency
+from nvit_jax import data, export, prune, ranking, saliency, timing
 from nvit_jax.api import Model, load_model
 from nvit_jax.checkpoint import write_json
 from nvit_jax.config import CRITERIA
@@ -96,8 +96,8 @@ def main() -> None:
             theirs = hits(export.write_safetensors(compact, place).run, val, pre)
             rows.append((name, ratio, compact, ours, theirs, seconds))
             print(f"{name} {ratio}: {ours.mean():.2%}, in PyTorch {theirs.mean():.2%}", flush=True)
-    times = latency.measure([row[2].dims for row in rows], batch=32, dtype="float32", repeats=7)
-    print(f"\ncalibration {len(train) // BATCH * BATCH} images, evaluation n = {len(val)}, {latency.device_name()}\n")
+    times = timing.measure([row[2].dims for row in rows], batch=32, dtype="float32", repeats=7)
+    print(f"\ncalibration {len(train) // BATCH * BATCH} images, evaluation n = {len(val)}, {timing.device_name()}\n")
     columns = ("criterion", "MACs asked", "MACs", "params", "latency", "top-1 ± s.e.", "to dense, paired ± s.e.")
     print("| " + " | ".join((*columns, "PyTorch", "seconds")) + " |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,0 +1,106 @@
+"""How long things take on this device: pieces of a model compiled as they are deployed, timed in turns."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvit_jax import models
+from nvit_jax.dims import ViTDims
+from nvit_jax.errors import UserError
+
+Call = Callable[[], Any]
+
+
+class DoesNotFit(Exception):
+    """The device has too little memory for a program."""
+
+
+def device_name() -> str:
+    """The device and how much of it: "cpu x1 (2 cores)" or "NVIDIA H200 x8"."""
+    device = jax.devices()[0]
+    cores = f" ({len(os.sched_getaffinity(0))} cores)" if device.platform == "cpu" else ""
+    return f"{device.device_kind} x{jax.device_count()}{cores}"
+
+
+def free_bytes() -> int:
+    """Memory that a program may still take on the first device."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return 1024 * int(facts["MemAvailable"].split()[0])
+
+
+def compile_piece(dims: ViTDims, name: str, batch: int, dtype: str) -> Call:
+    """`models.piece` on one device, as a call that waits for its result. DoesNotFit before memory is exhausted."""
+    fn, shapes, example = models.piece(dims, name, jnp.dtype(dtype))
+    example = jax.ShapeDtypeStruct((batch, *example.shape[1:]), example.dtype)
+    rng = np.random.default_rng(0)  # random: on a GPU constant inputs draw less power and run faster
+
+    def draw(shape: Any) -> jax.Array:
+        return jnp.asarray(0.02 * rng.standard_normal(shape.shape, np.float32), shape.dtype)
+
+    try:
+        compiled = jax.jit(fn).lower(shapes, example).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        if needed > (free := free_bytes()):
+            raise DoesNotFit(f"needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+        params, inputs = jax.tree.map(draw, shapes), draw(example)
+        jax.block_until_ready(compiled(params, inputs))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            raise DoesNotFit(str(error).splitlines()[0][:120]) from error
+        raise
+    return lambda: jax.block_until_ready(compiled(params, inputs))
+
+
+def compile_pieces(pieces: Sequence[tuple[ViTDims, str]], batch: int, dtype: str) -> list[Call | DoesNotFit]:
+    """`compile_piece` of each, side by side on the host's cores."""
+
+    def attempt(piece: tuple[ViTDims, str]) -> Call | DoesNotFit:
+        try:
+            return compile_piece(*piece, batch, dtype)
+        except DoesNotFit as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(attempt, pieces))
+
+
+def time_in_turns(calls: Sequence[Call], repeats: int) -> np.ndarray:
+    """[repeats, calls] milliseconds. Each round times every call once, so that drift hits all; one round warms up."""
+    times = np.zeros((repeats + 1, len(calls)))
+    for row in times:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            row[i] = time.perf_counter() - start
+    return times[1:] * 1e3
+
+
+def measure(all_dims: Sequence[ViTDims], *, batch: int, dtype: str, repeats: int) -> list[float]:
+    """Median milliseconds of each whole model, timed in turns. Equal dims are measured once.
+
+    Raises UserError for a batch that does not fit in memory.
+    """
+    unique = list(dict.fromkeys(all_dims))
+    calls = compile_pieces([(d, "model") for d in unique], batch, dtype)
+    if failed := [c for c in calls if isinstance(c, DoesNotFit)]:
+        raise UserError(f"config.latency.batch={batch} does not fit on this device ({failed[0]}); lower it")
+    times = np.median(time_in_turns([c for c in calls if not isinstance(c, DoesNotFit)], repeats), axis=0)
+    return [float(times[unique.index(d)]) for d in all_dims]
+
+
+def one_block(dims: ViTDims, embed: int, heads: int, qk: int, v: int, mlp: int) -> ViTDims:
+    """A model of one block of these widths."""
+    return dataclasses.replace(dims, embed=embed, heads=(heads,), qk=(qk,), v=(v,), mlp=(mlp,))
