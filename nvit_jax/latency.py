@@ -30,6 +30,7 @@ from nvit_jax.errors import UserError
 AXES = ("embed", "heads", "qk", "v", "mlp")
 _KIND = {"embed": "embed", "heads": "head", "qk": "qk", "v": "v", "mlp": "mlp"}
 _GROUP = 12  # cells that are compiled and timed together; what a kill loses
+_DEPTH = 3  # blocks in a row in a timed piece: alone, one pays for fresh memory that a model's blocks use again
 _SAME = ("image", "patch", "channels", "classes", "depth", "cls_token", "dist_token", "registers", "pool")
 
 Cell = tuple[str, tuple[int, ...]]  # ("attention", (embed, heads, qk, v)), ("mlp", (embed, mlp)) or ("rest", (embed,))
@@ -192,16 +193,17 @@ def _name(cell: Cell) -> str:
     return f"{cell[0]} " + " ".join(f"{a}={w}" for a, w in zip(_axes(cell[0]), cell[1], strict=True))
 
 
-def _block(dims: ViTDims, cell: Cell) -> ViTDims:
-    """A model of one block that has the cell's widths; the others do not matter."""
+def _blocks(dims: ViTDims, cell: Cell) -> ViTDims:
+    """A model of a few blocks that have the cell's widths; the others do not matter."""
     widths = dict.fromkeys(AXES, 1) | dict(zip(_axes(cell[0]), cell[1], strict=True))
-    return timing.one_block(dims, **widths)
+    per_block = {axis: (width,) * _DEPTH for axis, width in widths.items() if axis != "embed"}
+    return dataclasses.replace(dims, embed=widths["embed"], **per_block)  # type: ignore[arg-type]
 
 
 def _macs(dims: ViTDims, cell: Cell) -> int:
-    block = _block(dims, cell)
+    block = _blocks(dims, cell)
     if cell[0] == "rest":
-        return count_macs(block) - attention_macs(block, 0) - mlp_macs(block, 0)
+        return count_macs(block) - _DEPTH * (attention_macs(block, 0) + mlp_macs(block, 0))
     return attention_macs(block, 0) if cell[0] == "attention" else mlp_macs(block, 0)
 
 
@@ -252,13 +254,14 @@ def measure_table(
     whole = [dims] + [random_dims(dims, sizes, rng) for _ in range(models)]
     jobs: dict[str, dict[str, tuple[ViTDims, str]]] = {"attention": {}, "mlp": {}, "rest": {}, "model": {}}
     for cell in sorted(plan(axes), key=lambda c: -_macs(dims, c)):  # the widest that fits is what others are timed with
-        jobs[cell[0]][_name(cell)] = (_block(dims, cell), cell[0])
+        jobs[cell[0]][_name(cell)] = (_blocks(dims, cell), cell[0])
     for d in whole:
         jobs["model"]["model " + json.dumps({a: getattr(d, a) for a in AXES})] = (d, "model")
     total = sum(len(pieces) for pieces in jobs.values())
     records = dict(known)
-    for pieces in jobs.values():
-        _time_pieces(pieces, records, batch, dtype, repeats, keep, lambda: advance(len(records), total))
+    for piece, pieces in jobs.items():
+        parts = _DEPTH if piece in ("attention", "mlp") else 1
+        _time_pieces(pieces, parts, records, batch, dtype, repeats, keep, lambda: advance(len(records), total))
     return {
         "device": timing.device_name(),
         "batch": batch,
@@ -273,6 +276,7 @@ def measure_table(
 
 def _time_pieces(
     pieces: Mapping[str, tuple[ViTDims, str]],
+    parts: int,
     records: dict[str, Record],
     batch: int,
     dtype: str,
@@ -299,7 +303,7 @@ def _time_pieces(
             anchor = anchor or next(iter(fitting.values()))
             times = timing.time_in_turns([anchor, *fitting.values()], repeats)
             first = anchor_ms is None
-            anchor_ms = anchor_ms or float(np.median(times[:, 0]))
+            anchor_ms = anchor_ms or float(np.median(times[:, 0])) / parts
             for i, (name, column) in enumerate(zip(fitting, (times[:, 1:] / times[:, :1]).T, strict=True)):
                 low, middle, high = np.percentile(column, (25, 50, 75))
                 record: Record = {"ms": anchor_ms * middle, "spread": (high - low) / 2 / middle}

@@ -290,14 +290,26 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
 def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax.Array], jax.Array], Params, Any]:
     """What can be timed of a deployed model: a function of params and input, their shapes (the input's for batch 1).
 
-    "attention" and "mlp" are the parts of block 0, norm and residual included, on the stream [B, N, D]; "rest" is the
-    model without its blocks and "model" all of it, unrolled, from images to the mean of the classifiers.
+    "attention" and "mlp" are those parts of the blocks, one after the other, norm and residual included, on the stream
+    [B, N, D]; "rest" is the model without its blocks and "model" all of it, unrolled, from images to the mean of the
+    classifiers.
     """
     if name in PARTS:
-        block = Block(dims, 0, dtype=dtype, parts=(name,))
+        blocks = [Block(dims, i, dtype=dtype, parts=(name,)) for i in range(dims.depth)]
         stream = jax.ShapeDtypeStruct((1, dims.tokens, dims.embed), dtype)
-        params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, 0, None, None, None)["params"], stream)
-        return lambda p, x: block.apply({"params": p}, x, 0, None, None, None)[0], params, stream
+        rest = (0, None, None, None)
+        names = [f"block_{i}" for i in range(dims.depth)]
+        params = {
+            n: jax.eval_shape(lambda x, b=b: b.init(jax.random.key(0), x, *rest)["params"], stream)
+            for n, b in zip(names, blocks, strict=True)
+        }
+
+        def run(params: Params, x: jax.Array) -> jax.Array:
+            for n, b in zip(names, blocks, strict=True):
+                x, _ = b.apply({"params": params[n]}, x, *rest)
+            return x
+
+        return run, params, stream
     module = ViT(dims, scan=False, dtype=dtype, parts=() if name == "rest" else PARTS)
     images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
     params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)

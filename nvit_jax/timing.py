@@ -1,6 +1,5 @@
 """How long things take on this device: pieces of a model compiled as they are deployed, timed in turns."""
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -99,8 +98,3 @@ def measure(all_dims: Sequence[ViTDims], *, batch: int, dtype: str, repeats: int
         raise UserError(f"config.latency.batch={batch} does not fit on this device ({failed[0]}); lower it")
     times = np.median(time_in_turns([c for c in calls if not isinstance(c, DoesNotFit)], repeats), axis=0)
     return [float(times[unique.index(d)]) for d in all_dims]
-
-
-def one_block(dims: ViTDims, embed: int, heads: int, qk: int, v: int, mlp: int) -> ViTDims:
-    """A model of one block of these widths."""
-    return dataclasses.replace(dims, embed=embed, heads=(heads,), qk=(qk,), v=(v,), mlp=(mlp,))

@@ -175,7 +175,7 @@ class FakeDevice:
         if name == "model":
             return true_ms(dims, (1.2, 0.8, 0.5))
         widths = {"attention": (dims.heads[0], dims.qk[0], dims.v[0]), "mlp": (dims.mlp[0],), "rest": ()}[name]
-        return EXACT[name](dims.embed, *widths)
+        return EXACT[name](dims.embed, *widths) * (1 if name == "rest" else dims.depth)
 
 
 def measure(known=None, keep=lambda records: None):
@@ -224,7 +224,7 @@ def test_a_stopped_measurement_goes_on(monkeypatch):
 
 
 def test_what_does_not_fit_is_skipped_and_named(monkeypatch):
-    large = timing.one_block(DIMS, 192, 3, 64, 64, 1)
+    large = dataclasses.replace(DIMS, mlp=(1,) * 3)
     FakeDevice(monkeypatch, too_large=[(large, "attention"), (DIMS, "model")])
     found = measure()
     assert latency.skipped(found) == ["attention embed=192 heads=3 qk=64 v=64: needs 9 GiB", "a model: needs 9 GiB"]
@@ -255,12 +255,16 @@ def test_pieces_are_the_model(monkeypatch):
     assert example.shape == (1, *images.shape[1:])
     np.testing.assert_allclose(model(params, images), models.forward(dims, params, images).mean(1), atol=1e-6)
     stream = jax.random.normal(jax.random.key(2), (2, dims.tokens, dims.embed))
-    attention, names, _ = models.piece(dims, "attention", np.float32)
-    mlp, other, _ = models.piece(dims, "mlp", np.float32)
-    block = params["block_0"]
-    assert set(names) | set(other) == set(block) and not set(names) & set(other)
-    whole, _ = models.Block(dims, 0).apply({"params": block}, stream, 0, None, None, None)
-    parts = mlp({k: block[k] for k in other}, attention({k: block[k] for k in names}, stream))
+    names, other = (models.piece(dims, part, np.float32)[1] for part in ("attention", "mlp"))
+    blocks = {name: value for name, value in params.items() if name.startswith("block")}
+    for name, block in blocks.items():
+        assert set(names[name]) | set(other[name]) == set(block) and not set(names[name]) & set(other[name])
+    one = small_dims(depth=1)
+    whole, _ = models.Block(one, 0).apply({"params": params["block_0"]}, stream, 0, None, None, None)
+    parts = stream
+    for part in ("attention", "mlp"):
+        run, wanted, _ = models.piece(one, part, np.float32)
+        parts = run({"block_0": {k: params["block_0"][k] for k in wanted["block_0"]}}, parts)
     np.testing.assert_allclose(parts, whole, atol=1e-6)  # float32, the same operations
 
 
