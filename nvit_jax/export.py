@@ -69,7 +69,7 @@ def export_model(
                     f"{difference:.1e} on logits up to {largest:.2f}"
                 )
                 if "sparsity" in model.info and name in _MATRICES:
-                    record["sparsity"], facts = _check_sparsity(model, dict(_MATRICES[name](file.path)))
+                    record["sparsity"], facts = _check_sparsity(model, list(_MATRICES[name](file.path)))
                     say(f"{where}: {facts}")
                 records.append(record)
     return records
@@ -85,15 +85,15 @@ def _facts(model: Model) -> dict[str, Any]:
     return {"dims": model.dims.to_json()} | info
 
 
-def _check_sparsity(model: Model, found: dict[str, np.ndarray]) -> tuple[str, str]:
+def _check_sparsity(model: Model, found: list[tuple[str, np.ndarray]]) -> tuple[str, str]:
     """The pattern that every matrix of a written file has, and what to know about it. RuntimeError otherwise."""
-    count = sparsity.check(found.items())
+    count = sparsity.check(found)
     expected = sum(len(e.shape) == 2 for e in interchange.entries(model.dims))
     if count != expected:
         raise RuntimeError(f"found {count} of {expected} matrices in the file that was written")
     facts = f"{sparsity.PATTERN} in each of {count} matrices along the inputs"
     # cuSPARSELt's smallest tile in 16 bits, as PyTorch's SparseSemiStructuredTensorCUSPARSELT asks for it.
-    if odd := sum(any(side % 16 for side in matrix.shape) for matrix in found.values()):
+    if odd := sum(any(side % 16 for side in matrix.shape) for _, matrix in found):
         facts += f"; {odd} have a side that is no multiple of 16, which sparse kernels need padded with zeros"
     return sparsity.PATTERN, facts
 

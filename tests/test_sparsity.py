@@ -232,52 +232,64 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("score", "backend"), [("magnitude", "jit"), ("gradient", "pmap")])
-def test_a_run(finished, tmp_path, capsys, monkeypatch, score, backend):
-    """Sparse after finetuning, stopped and resumed as if it had not been, counted, evaluated and exported."""
+def copy_of_pruned(finished, place, backend):
+    """A run that is to be finetuned; what pruning did does not depend on the backend."""
+    for stage in ("pretrain", "latency", "prune"):
+        shutil.copytree(finished / stage, place / stage)
+    record = read(place / "prune" / "stage.json")
+    record["keys"]["parallel"] = backend
+    (place / "prune" / "stage.json").write_text(json.dumps(record))
+    return place
+
+
+@pytest.fixture(scope="module", params=[("magnitude", "jit"), ("gradient", "pmap")], ids="-".join)
+def sparse_run(request, finished, tmp_path_factory):
+    """(workdir, arguments) of a finetuning with masks."""
+    score, backend = request.param
     arguments = (f"--config.finetune.sparsity={score}", f"--config.parallel={backend}")
-    places = [tmp_path / name for name in ("W", "stopped")]
-    for place in places:
-        for stage in ("pretrain", "latency", "prune"):
-            shutil.copytree(finished / stage, place / stage)
-        record = read(place / "prune" / "stage.json")
-        record["keys"]["parallel"] = backend
-        (place / "prune" / "stage.json").write_text(json.dumps(record))
-    assert call("--workdir", places[0], *arguments, "--stage", "finetune") == 0
-    assert f"2:4 by {score}: " in capsys.readouterr().out
+    place = copy_of_pruned(finished, tmp_path_factory.mktemp("sparse") / "W", backend)
+    assert call("--workdir", place, *arguments, "--stage", "finetune") == 0
+    return place, arguments
 
-    with monkeypatch.context() as patch:
-        original = distill.fit
 
-        def cut_short(state, step_fn, stream, until, *rest, **options):
-            original(state, step_fn, stream, 10, *rest, **options)
-            raise KeyboardInterrupt
+def test_a_resumed_run_is_the_same(sparse_run, finished, tmp_path, capsys, monkeypatch):
+    """Bit for bit, with the masks of the saved state."""
+    undisturbed, arguments = sparse_run
+    place = copy_of_pruned(finished, tmp_path / "W", arguments[1].partition("=")[2])
+    original = distill.fit
 
+    def cut_short(state, step_fn, stream, until, *rest, **options):
+        original(state, step_fn, stream, 10, *rest, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(distill, "fit", cut_short)
-        with pytest.raises(KeyboardInterrupt):
-            call("--workdir", places[1], *arguments, "--stage", "finetune")
-    capsys.readouterr()
-    assert call("--workdir", places[1], *arguments, "--stage", "finetune") == 0
+        call("--workdir", place, *arguments, "--stage", "finetune")
+    assert "parameters stay, val top-1" in capsys.readouterr().out
+    assert call("--workdir", place, *arguments, "--stage", "finetune") == 0
     told = capsys.readouterr().out
-    assert "resumes at step 7" in told and "2:4 by" not in told
-
-    one, other = (load_model(place / "finetune" / "model") for place in places)
+    assert "resumes at step 7" in told and "parameters stay" not in told
+    one, other = (load_model(w / "finetune" / "model") for w in (undisturbed, place))
     for (path, a), (_, b) in zip(flatten(one.params), flatten(other.params), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
-    logs = [lines(place / "finetune" / "log.jsonl") for place in places]
-    assert logs[0] == logs[1]
-    assert one.info["sparsity"] == "2:4" and sparsity.check(sparsity.matrices(one.params)) == 13
-    nonzero = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(one.params))
-    assert read(places[0] / "finetune" / "metrics.json")["nonzero_params"] == nonzero
+    assert len({(w / "finetune" / "log.jsonl").read_text() for w in (undisturbed, place)}) == 1
 
+
+@pytest.mark.parametrize("sparse_run", [("magnitude", "jit")], ids="-".join, indirect=True)
+def test_a_sparse_run_is_counted_and_exported(sparse_run, capsys):
+    place, arguments = sparse_run
+    model = load_model(place / "finetune" / "model")
+    assert model.info["sparsity"] == "2:4" and sparsity.check(sparsity.matrices(model.params)) == 13
+    nonzero = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(model.params))
+    assert read(place / "finetune" / "metrics.json")["nonzero_params"] == nonzero
     for stage in ("eval", "report", "export"):
-        assert call("--workdir", places[0], *arguments, "--stage", stage) == 0
-    summary = read(places[0] / "summary.json")
+        assert call("--workdir", place, *arguments, "--stage", stage) == 0
+    summary = read(place / "summary.json")
     assert summary["finetuned"]["nonzero_params"] == nonzero < 0.6 * summary["finetuned"]["params"]
     assert "nonzero_params" not in summary["pruned"]
     cell = f"{nonzero:,} ({summary['dense']['params'] / nonzero:.1f}x)"
-    assert cell in capsys.readouterr().out and cell in (places[0] / "report.html").read_text()
-    files = read(places[0] / "export" / "metrics.json")["files"]
+    assert cell in capsys.readouterr().out and cell in (place / "report.html").read_text()
+    files = read(place / "export" / "metrics.json")["files"]
     assert [f.get("sparsity") for f in files] == ["2:4", None]
 
 

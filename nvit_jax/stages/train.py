@@ -107,9 +107,10 @@ def _fit_stage(
         return optimizer, distill.new_state(start, optimizer, config.seed, ema=section.ema > 0)
 
     val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
+    # By magnitude; a saved state brings masks of its own, and these say what shapes they have.
     optimizer, state = begin(sparsity.find_masks(params) if sparse else None)
     if (found := stage.saver.restore(state, stage.say)) is not None:
-        state = distill.TrainState(*found[1])  # with its masks
+        state = distill.TrainState(*found[1])
         stage.say(f"resumes at step {found[0]}")
     elif sparse:
         if sparse == "gradient":
