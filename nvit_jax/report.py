@@ -21,8 +21,7 @@ _DENSE, _PRUNED, _THIRD = "#9aa5b1", "#0b6e99", "#c2571a"
 def table(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A head and rows of strings, the speed-up relative to the dense model.
 
-    With a sparse model there is a column more: parameters that are not 0, and how many times fewer than the dense
-    model's parameters they are.
+    With a sparse model there is a column more: parameters that are not 0, and how many times more the dense model has.
     """
     dense = summary["dense"]
     sparse = any("nonzero_params" in r for r in summary.values())
@@ -31,7 +30,7 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
         count = r.get("nonzero_params", r["params"])
         return f"{count:,} ({dense['params'] / count:.1f}x)"
 
-    return [(*_HEAD[:4], *(("not 0 (fewer)",) if sparse else ()), *_HEAD[4:])] + [
+    return [(*_HEAD[:4], *(("non-zero (ratio)",) if sparse else ()), *_HEAD[4:])] + [
         (
             name,
             f"{r['top1']:.2%}",

@@ -60,7 +60,6 @@ def _fit_stage(
     parallel = Parallel.create(config.parallel)
     parallel.check_batch(section.batch, f"config.{stage.name}.batch")
     split = dataset.split("train")
-
     seed, rows = (config.seed, STAGES.index(stage.name)), parallel.local_rows(section.batch)
     stream = data.train_stream(split, dataset.preprocessing, section.batch, seed, rows)
     per_epoch = len(split) // section.batch
@@ -73,6 +72,7 @@ def _fit_stage(
     )
     teacher_params = None if teacher is None else parallel.replicate(teacher.params)
     hard_params = None if hard_teacher is None else parallel.replicate(hard_teacher.params)
+    hard_logits = functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None
 
     def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
         step = parallel.compile(
@@ -81,9 +81,7 @@ def _fit_stage(
                 optimizer,
                 objective,
                 teacher_dims=teacher.dims if teacher else None,
-                hard_teacher=functools.partial(hard_teacher.logits, dtype=compute_dtype(config))
-                if hard_teacher
-                else None,
+                hard_teacher=hard_logits,
                 dtype=compute_dtype(config),
                 **regularisation,
             )
