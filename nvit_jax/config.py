@@ -17,6 +17,7 @@ CRITERIA = ("hvp", "obd", "fisher", "taylor", "hvp_joint", "magnitude", "random"
 MODES = ("one_shot", "gradual", "iterative")
 PROFILES = ("nvit", "cpu", "gpu", "tpu")
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
+SPARSITY = ("magnitude", "gradient")
 SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
 STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report")  # in order
 FORMATS = ("safetensors", "stablehlo", "onnx")
@@ -119,6 +120,8 @@ def default_config() -> ConfigDict:
     c.finetune.snapshot = placeholder(float)  # finetune this one of prune.snapshots instead of the last model
     c.finetune.teacher = placeholder(str)  # directory of a classifier to learn from, too (a RegNetY, or another ViT)
     c.finetune.hard_alpha = 0.0  # its part of the label loss (NViT 0.5)
+    # "magnitude" or "gradient": 2 of 4 weights go by this score and stay away, see sparsity.py
+    c.finetune.sparsity = placeholder(str)
     c.finetune.from_scratch = False  # the pruned dims from random weights, drawn with:
     c.finetune.init_std = c.vit.get_ref("init_std")
     c.finetune.position_std = c.vit.get_ref("position_std")
@@ -203,6 +206,11 @@ def check_config(c: ConfigDict) -> None:
         need(0 <= alpha <= 1, f"{section}.hard_alpha", alpha, "must be in [0, 1]")
         good = (alpha > 0) == bool(teacher)
         need(good, f"{section}.hard_alpha", alpha, f"goes with config.{section}.teacher; set both or none")
+    chosen = c.finetune.sparsity
+    good = chosen is None or chosen in SPARSITY
+    need(good, "finetune.sparsity", chosen, f"must be one of None, {', '.join(SPARSITY)}")
+    good = chosen is None or not c.finetune.from_scratch
+    need(good, "finetune.sparsity", chosen, "chooses among trained weights; it does not go with finetune.from_scratch")
     ratios = (1.0, *c.prune.snapshots, c.prune.target.latency_ratio or 0.0)
     good = all(a > b for a, b in itertools.pairwise(ratios))
     need(good, "prune.snapshots", tuple(c.prune.snapshots), "must decrease from below 1 to above target.latency_ratio")

@@ -204,6 +204,7 @@ def _own(path: pathlib.Path, tensors: Tensors, dtype: Any) -> _Opened:
         raise UserError(f"{path}: its metadata is damaged: {error!r}") from error
     params = interchange.from_torch(dims, tensors.shapes, tensors.read, str(path), dtype)
     info = _info(path, facts.get("variant"), pre, facts.get("classes") or [], layout="nvit_jax")
+    info |= {name: facts[name] for name in ("sparsity",) if name in facts}
     notes = [f"{path.name}: exported by nvit_jax; {describe(dims, facts.get('variant'))}"]
     return _Opened(Converted(Model(dims, params, None, info), notes), tensors.shapes, tensors.read)
 

@@ -5,14 +5,14 @@ import logging
 import pathlib
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvit_jax import interchange, models
+from nvit_jax import interchange, models, sparsity
 from nvit_jax.api import Model
 from nvit_jax.checkpoint import new_directory
 from nvit_jax.errors import UserError
@@ -34,7 +34,8 @@ def export_model(
 ) -> list[dict[str, Any]]:
     """Write directory/<format>/model[.<dtype>].<format>, run each and compare it with the Flax model in float32.
 
-    Returns one record a file. UserError when a package is missing; RuntimeError when a float32 file differs.
+    Returns one record a file. UserError when a package is missing; RuntimeError when a float32 file differs, or the
+    matrices of a 2:4 sparse model's file are not sparse.
     """
     size, channels = model.dims.image, model.dims.channels
     images = np.random.default_rng(0).standard_normal((3, size, size, channels)).astype(np.float32)
@@ -54,21 +55,23 @@ def export_model(
                     raise RuntimeError(f"{file.path.name} differs from the model by {difference}")
                 size_bytes = sum(f.stat().st_size for f in beside.glob(f"{file.path.name}*"))
                 where = f"{directory.name}/{name}/{file.path.name}"
-                records.append(
-                    {
-                        "path": where,
-                        "format": name,
-                        "dtype": dtype,
-                        "bytes": size_bytes,
-                        "max_abs_diff": difference,
-                        "max_abs_logit": largest,
-                        "run_with": file.runner,
-                    }
-                )
+                record = {
+                    "path": where,
+                    "format": name,
+                    "dtype": dtype,
+                    "bytes": size_bytes,
+                    "max_abs_diff": difference,
+                    "max_abs_logit": largest,
+                    "run_with": file.runner,
+                }
                 say(
                     f"{where}: {size_bytes / 1e6:.1f} MB, run with {file.runner}, largest difference "
                     f"{difference:.1e} on logits up to {largest:.2f}"
                 )
+                if "sparsity" in model.info and name in _MATRICES:
+                    record["sparsity"], facts = _check_sparsity(model, list(_MATRICES[name](file.path)))
+                    say(f"{where}: {facts}")
+                records.append(record)
     return records
 
 
@@ -78,7 +81,21 @@ def _file_name(dtype: str, suffix: str) -> str:
 
 def _facts(model: Model) -> dict[str, Any]:
     info = {k: model.info.get(k) for k in ("preprocessing", "classes", "variant")}
+    info |= {k: model.info[k] for k in ("sparsity",) if k in model.info}
     return {"dims": model.dims.to_json()} | info
+
+
+def _check_sparsity(model: Model, found: list[tuple[str, np.ndarray]]) -> tuple[str, str]:
+    """The pattern that every matrix of a written file has, and what to know about it. RuntimeError otherwise."""
+    count = sparsity.check(found)
+    expected = sum(len(e.shape) == 2 for e in interchange.entries(model.dims))
+    if count != expected:
+        raise RuntimeError(f"found {count} of {expected} matrices in the file that was written")
+    facts = f"{sparsity.PATTERN} in each of {count} matrices along the inputs"
+    # cuSPARSELt's smallest tile in 16 bits, as PyTorch's SparseSemiStructuredTensorCUSPARSELT asks for it.
+    if odd := sum(any(side % 16 for side in matrix.shape) for _, matrix in found):
+        facts += f"; {odd} have a side that is no multiple of 16, which sparse kernels need padded with zeros"
+    return sparsity.PATTERN, facts
 
 
 # ------------------------------------------------------------------------------------------- safetensors
@@ -116,6 +133,13 @@ def _flax_reader(model: Model, path: Path) -> Run:
     shapes = {name: value.shape for name, value in state.items()}
     params = interchange.from_torch(model.dims, shapes, state.__getitem__, str(path), np.float32)
     return lambda images: np.asarray(model.apply(params, images))
+
+
+def _safetensors_matrices(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, [outputs, inputs]) of every linear layer, as a file holds it."""
+    from safetensors.numpy import load_file
+
+    return ((name, value) for name, value in load_file(path).items() if value.ndim == 2)
 
 
 # --------------------------------------------------------------------------------------------- StableHLO
@@ -189,8 +213,26 @@ def write_onnx(model: Model, directory: Path, dtype: str = "float32") -> Written
     return Written(path, run, f"onnxruntime {onnxruntime.__version__}")
 
 
+def _onnx_matrices(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """As `_safetensors_matrices`. A graph multiplies by [inputs, outputs], or by the other way round if it says so."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in tensors:
+            matrix = onnx.numpy_helper.to_array(tensors[node.input[1]])
+            turned = any(a.name == "transB" and a.i for a in node.attribute)
+            yield node.input[1], matrix if turned else matrix.T
+
+
 FORMATS: dict[str, Callable[[Model, Path, str], Written]] = {
     "safetensors": write_safetensors,
     "stablehlo": write_stablehlo,
     "onnx": write_onnx,
+}
+# Of a StableHLO program none: it is dense for whatever compiles it.
+_MATRICES: dict[str, Callable[[Path], Iterator[tuple[str, np.ndarray]]]] = {
+    "safetensors": _safetensors_matrices,
+    "onnx": _onnx_matrices,
 }

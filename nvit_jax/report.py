@@ -18,15 +18,25 @@ _UNITS = (("embed", "embed channels"), ("head", "heads"), *_KINDS[1:])
 _DENSE, _PRUNED, _THIRD = "#9aa5b1", "#0b6e99", "#c2571a"
 
 
-def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows of strings under `_HEAD`, the speed-up relative to the dense model."""
+def table(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A head and rows of strings, the speed-up relative to the dense model.
+
+    With a sparse model there is a column more: parameters that are not 0, and how many times more the dense model has.
+    """
     dense = summary["dense"]
-    return [
+    sparse = any("nonzero_params" in r for r in summary.values())
+
+    def nonzero(r: Mapping[str, Any]) -> str:
+        count = r.get("nonzero_params", r["params"])
+        return f"{count:,} ({dense['params'] / count:.1f}x)"
+
+    return [(*_HEAD[:4], *(("non-zero (ratio)",) if sparse else ()), *_HEAD[4:])] + [
         (
             name,
             f"{r['top1']:.2%}",
             f"{r['top5']:.2%}",
             f"{r['params']:,}",
+            *((nonzero(r),) if sparse else ()),
             f"{r['macs'] / 1e6:,.2f} M",
             f"{r['latency_ms']:.2f} ms / {r['latency_batch']}",
             f"{dense['latency_ms'] / r['latency_ms']:.2f}x",
@@ -37,8 +47,8 @@ def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]
 
 def text_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The final table of a run for the terminal."""
-    rows = [_HEAD, *table_rows(summary)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    rows = table(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
             cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -51,7 +61,8 @@ def text_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 def write_report(workdir: Path, path: Path) -> None:
     """Read summary.json and every stage's files under `workdir`; write the page to `path`."""
     summary = read_json(workdir / "summary.json")
-    parts = [_html_table(_HEAD, table_rows(summary))]
+    head, *rows = table(summary)
+    parts = [_html_table(head, rows)]
     if _done(workdir / "prune"):
         metrics = read_json(workdir / "prune" / "metrics.json")
         history = read_lines(workdir / "prune" / "history.jsonl")
@@ -85,8 +96,8 @@ def write_report(workdir: Path, path: Path) -> None:
     config = read_json(workdir / "config.json")
     facts = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     parts.append(f"<h2>Configuration</h2><p>{html.escape(facts)}; {html.escape(config['device'])}</p>")
-    rows = [(key, repr(value)) for key, value in config["config"].items() if value is not None]
-    parts.append(f"<details><summary>{len(rows)} keys</summary>{_html_table(('key', 'value'), rows)}</details>")
+    keys = [(key, repr(value)) for key, value in config["config"].items() if value is not None]
+    parts.append(f"<details><summary>{len(keys)} keys</summary>{_html_table(('key', 'value'), keys)}</details>")
     write_text(path, _PAGE.format(title=html.escape(workdir.absolute().name), body="\n".join(parts)))
 
 

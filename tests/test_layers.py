@@ -11,7 +11,7 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors torch_vit torch_regnet",
     "dims losses parallel config weights layouts images",
     "checkpoint groups data evaluate roofline canonical positions",
-    "workdir masks models teachers interchange",
+    "workdir masks models teachers interchange sparsity",
     "report optim saliency ranking timing detect",
     "latency allocation nvit api cli distill reshape",
     "prune convert export",

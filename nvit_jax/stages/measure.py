@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from nvit_jax import latency, report, timing
+from nvit_jax import latency, report, sparsity, timing
 from nvit_jax.api import load_model
 from nvit_jax.checkpoint import read_json, write_json
 from nvit_jax.dims import count_macs, count_params
@@ -119,6 +119,8 @@ def evaluate_models(run: Run) -> dict[str, Any]:
             "latency_batch": c.latency.batch,
             "images": scores["images"],
         }
+        if "sparsity" in model.info:
+            summary[name]["nonzero_params"] = sparsity.count_nonzero(model.params)
         last = summary[name] | {
             "loss": scores["loss"],
             "images_per_second": 1e3 * c.latency.batch / ms,

@@ -4,13 +4,15 @@ import functools
 from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
-from nvit_jax import data, distill, models, optim
+from nvit_jax import data, distill, models, optim, sparsity
 from nvit_jax.api import Model, load_model, save_model
 from nvit_jax.config import STAGES
 from nvit_jax.dims import ViTDims, count_macs, count_params, preset
 from nvit_jax.errors import UserError
+from nvit_jax.groups import Params
 from nvit_jax.losses import Objective
 from nvit_jax.parallel import Parallel
 from nvit_jax.stages.common import (
@@ -25,6 +27,8 @@ from nvit_jax.stages.common import (
     read_teacher,
 )
 from nvit_jax.teachers import Teacher
+
+_SCORE_BATCHES = 64  # of finetune.sparsity="gradient", and at most one pass over the train split
 
 
 def _dims_from_config(vit: ConfigDict) -> ViTDims:
@@ -46,53 +50,80 @@ def _fit_stage(
     objective: Objective,
     teacher: Model | None,
     hard_teacher: Teacher | None = None,
+    sparse: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics."""
+    """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics.
+
+    `sparse` is the score by which 2:4 masks are chosen before the first step; they are kept through all of them.
+    """
     config, stage = run.config, run.stage
     parallel = Parallel.create(config.parallel)
     parallel.check_batch(section.batch, f"config.{stage.name}.batch")
     split = dataset.split("train")
-    stream = data.train_stream(
-        split,
-        dataset.preprocessing,
-        section.batch,
-        (config.seed, STAGES.index(stage.name)),
-        parallel.local_rows(section.batch),
-    )
+    seed, rows = (config.seed, STAGES.index(stage.name)), parallel.local_rows(section.batch)
+    stream = data.train_stream(split, dataset.preprocessing, section.batch, seed, rows)
     per_epoch = len(split) // section.batch
     steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
     rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
-    optimizer = optim.adamw(
+    adamw = optim.adamw(
         optim.schedule(rate, steps, warmup, section.final_learning_rate),
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
     )
-    step = distill.make_train_step(
-        dims,
-        optimizer,
-        objective,
-        teacher_dims=teacher.dims if teacher else None,
-        hard_teacher=functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None,
-        dtype=compute_dtype(config),
-        drop_path=section.drop_path,
-        dropout=section.dropout,
-        ema_decay=section.ema,
-    )
-    state = distill.new_state(params, optimizer, config.seed, ema=section.ema > 0)
+    teacher_params = None if teacher is None else parallel.replicate(teacher.params)
+    hard_params = None if hard_teacher is None else parallel.replicate(hard_teacher.params)
+    hard_logits = functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None
+
+    def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
+        step = parallel.compile(
+            distill.make_train_step(
+                dims,
+                optimizer,
+                objective,
+                teacher_dims=teacher.dims if teacher else None,
+                hard_teacher=hard_logits,
+                dtype=compute_dtype(config),
+                **regularisation,
+            )
+        )
+        return lambda state, batch: step(distill.Inputs(state, teacher_params, hard_params), parallel.shard(batch))
+
+    def squared_gradients() -> Params:
+        optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, per_epoch)
+        state = parallel.replicate(distill.new_state(params, optimizer, config.seed))
+        batch = data.train_stream(split, dataset.preprocessing, section.batch, (*seed, 1), rows)
+        step = compiled(optimizer)
+        with matmul_precision(config):
+            for number in range(batches):
+                state, _ = step(state, batch(number))
+        return jax.tree.map(lambda s: s / batches, jax.device_get(state.opt_state))
+
+    def begin(masks: Params | None) -> tuple[optax.GradientTransformation, distill.TrainState]:
+        optimizer, start = adamw, params
+        if masks is not None:
+            optimizer, start = sparsity.held(adamw, masks), sparsity.apply(params, masks)
+        return optimizer, distill.new_state(start, optimizer, config.seed, ema=section.ema > 0)
+
+    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
+    # By magnitude; a saved state brings masks of its own, and these say what shapes they have.
+    optimizer, state = begin(sparsity.find_masks(params) if sparse else None)
     if (found := stage.saver.restore(state, stage.say)) is not None:
         state = distill.TrainState(*found[1])
         stage.say(f"resumes at step {found[0]}")
+    elif sparse:
+        if sparse == "gradient":
+            optimizer, state = begin(sparsity.find_masks(params, squared_gradients()))
+        stage.say(
+            f"{sparsity.PATTERN} by {sparse}: {sparsity.count_nonzero(state.params):,} of {count_params(dims):,} "
+            f"parameters stay, val top-1 {val(parallel.replicate(state.params), None)['top1']:.1%} before training"
+        )
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     state = parallel.replicate(state)
-    compiled = parallel.compile(step)
-    teacher_params = None if teacher is None else parallel.replicate(teacher.params)
-    hard_params = None if hard_teacher is None else parallel.replicate(hard_teacher.params)
-    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
     with matmul_precision(config), stage.progress(steps, first):
         state = distill.fit(
             state,
-            lambda s, batch: compiled(distill.Inputs(s, teacher_params, hard_params), parallel.shard(batch)),
+            compiled(optimizer, drop_path=section.drop_path, dropout=section.dropout, ema_decay=section.ema),
             stream,
             steps,
             stage,
@@ -148,8 +179,12 @@ def finetune(run: Run) -> dict[str, Any]:
     params = pruned.params
     if s.from_scratch:
         params = models.init(pruned.dims, jax.random.key(c.seed), std=s.init_std, position_std=s.position_std)
-    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher, hard_teacher)
+    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher, hard_teacher, s.sparsity)
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
+    if s.sparsity:
+        sparsity.check(sparsity.matrices(trained))
+        info["sparsity"] = sparsity.PATTERN
+        metrics["nonzero_params"] = sparsity.count_nonzero(trained)
     save_model(run.stage.path / "model", Model(pruned.dims, trained, info=info))
     run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
     return metrics | {"dims": pruned.dims.to_json()}
