@@ -45,12 +45,12 @@ def main() -> None:
     paths = {"train": str(options.images), "val": str(options.images), "classes": str(options.classes)}
     everything = data.load_dataset("folder", **paths, preprocessing=pre).split("train")
     images, labels = everything.images[slice(None)], everything.labels
-    forward = jax.jit(lambda m, x: jax.nn.log_softmax(models.forward(dims, model.params, x, m).mean(1)))
+    forward = jax.jit(lambda p, m, x: jax.nn.log_softmax(models.forward(dims, p, x, m).mean(1)))
 
     def answers(m: Units, held: data.Split) -> np.ndarray:
         padded = -len(held) % BATCH
         whole = np.concatenate([held.images, held.images[:padded]])
-        parts = [forward(m, pre(whole[i : i + BATCH])) for i in range(0, len(whole), BATCH)]
+        parts = [forward(model.params, m, pre(whole[i : i + BATCH])) for i in range(0, len(whole), BATCH)]
         return np.concatenate(parts)[: len(held)]
 
     rows: dict[str, list[tuple[float, float, float]]] = {}
