@@ -4,7 +4,7 @@
 
 Stages, in order (all of config.stages without --stage):
   pretrain  train a dense ViT                    -> DIR/pretrain/model
-  latency   measure this device                  -> DIR/latency/metrics.json
+  latency   measure this device                  -> DIR/latency/table.json
   prune     score, rank, mask, reshape           -> DIR/prune/model (compact), DIR/prune/masked
   finetune  distill from the unpruned model      -> DIR/finetune/model
   eval      accuracy, MACs, parameters, latency  -> DIR/eval/metrics.json, DIR/summary.json
@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     from nvit_jax.cli import parse
+    from nvit_jax.timing import keep_memory
     from nvit_jax.workdir import STOP
+
+    keep_memory()
 
     flags, config, names = parse(argv)
     import jax

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.eval.split = "val"
     c.eval.batch = 32
     c.latency.batch = 32
-    c.latency.repeats = 5
+    c.latency.repeats = 9
 
     c.prune.criterion = "fisher"
     c.prune.mode = "one_shot"

@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
     c.latency.roofline.gbs = placeholder(float)  # memory bandwidth, 10^9 bytes a second
     c.latency.roofline.tile = 1  # widths are padded to a multiple of it (TPU: 128)
     c.latency.batch = 256  # images in the timed batch
-    c.latency.widths = ConfigDict({"embed": 3, "heads": 4, "qk": 3, "v": 3, "mlp": 4})  # grid points of each axis
+    c.latency.widths = ConfigDict({"embed": 4, "heads": 4, "qk": 3, "v": 3, "mlp": 5})  # grid points of each axis
     c.latency.models = 8  # whole models of random widths that the pieces are corrected by
     c.latency.repeats = 15  # timings of everything; the median counts
 

@@ -60,6 +60,7 @@ def hits(run, split: data.Split, pre: data.Preprocessing) -> np.ndarray:
 
 
 def main() -> None:
+    timing.keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "images", "classes", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
