@@ -155,6 +155,19 @@ def test_other_modes_and_a_model_directory(finished, tmp_path):
     assert all(json.loads(line)["groups"] <= 1 for line in history) and len(history) > 2
 
 
+def test_a_device_that_is_not_here(finished, tmp_path, capsys):
+    """The roofline takes the table's place, solved for; what is measured here is said to be another matter."""
+    arguments = [f"--config.model={finished / 'pretrain' / 'model'}", "--config.latency.roofline.tflops=0.1"]
+    arguments += ["--config.latency.roofline.gbs=10.0", "--config.prune.rule=solve", "--config.prune.mode=one_shot"]
+    arguments += ["--config.prune.criterion=fisher", "--config.prune.target.latency_ratio=0.6"]
+    assert call("--workdir", tmp_path, *arguments, "--stage=latency") == 0
+    assert read(tmp_path / "latency" / "metrics.json")["device"].startswith("estimate (roofline of 0.1 TFLOP/s")
+    assert call("--workdir", tmp_path, *arguments, "--stage=prune") == 0
+    assert "latency is an estimate (roofline of 0.1 TFLOP/s, 10 GB/s), not measured" in capsys.readouterr().out
+    found = read(tmp_path / "prune" / "metrics.json")
+    assert found["predicted_latency_ratio"] <= 0.6 and found["macs_ratio"] <= 0.7
+
+
 def test_help_names_the_stages_and_answers_fast():
     start = time.monotonic()
     done = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
