@@ -37,11 +37,11 @@ def rest_ms(embed):
 EXACT = {"attention": attention_ms, "mlp": mlp_ms, "rest": rest_ms}
 
 
-def true_ms(dims, factors=(1.0, 1.0, 1.0)):
+def true_ms(dims, factors=(1.0, 1.0, 0.0)):
     blocks = list(zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True))
     attention = sum(attention_ms(dims.embed, h, q, v) for h, q, v, _ in blocks)
     mlp = sum(mlp_ms(dims.embed, m) for *_, m in blocks)
-    return float(np.dot(factors, (attention, mlp, rest_ms(dims.embed))))
+    return float(np.dot(factors, (attention, mlp + rest_ms(dims.embed), sum(h > 1 for h in dims.heads))))
 
 
 def values(factors=None, noise=0.0):

@@ -61,7 +61,9 @@ def measure_latency(run: Run) -> dict[str, Any]:
     return {
         "dense_latency_ms": dense.get("ms"),
         "predicted_dense_ms": table(dims),
-        "factors": dict(zip(("attention", "mlp", "rest"), table.factors.tolist(), strict=True)),
+        "factors": dict(
+            zip(("attention", "mlp_and_rest", "ms_per_block_of_several_heads"), table.factors.tolist(), strict=True)
+        ),
         "leave_one_out_error": table.leave_one_out,
         "smoothing": table.disorder,
         "cells": len(values["cells"]),

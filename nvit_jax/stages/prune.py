@@ -77,8 +77,10 @@ def prune_model(run: Run) -> dict[str, Any]:
         "dims": compact_dims.to_json(),
         "seconds": stage.seconds(),
     }
+    asked = ", ".join(f"{t.name} {p.target[t.name]:g}" for t in targets)
     stage.say(
-        f"{p.criterion}: MACs x{result['macs_ratio']:.3f}, params x{result['params_ratio']:.3f}, latency "
+        f"{p.criterion}: asked {asked}; MACs x{result['macs_ratio']:.3f}, "
+        f"params x{result['params_ratio']:.3f}, latency "
         + (f"predicted x{result['predicted_latency_ratio']:.3f}, " if predict else "")
         + f"measured x{result['latency_ratio']:.3f}, {int(state.prunings)} prunings, {stage.seconds():.0f} s"
     )
