@@ -5,7 +5,8 @@ the constraint, in the spirit of ZipLM (Kurtic et al. 2023). Given embed, the co
 attention and mlp parts of its blocks, so at a given price on cost each part picks the best of all its widths by itself,
 and the price is bisected until the targets hold; embed, which ties the blocks, is tried at every width. Such a
 Lagrangian solution can stop below the target by more than a group, so groups are given back, the largest score first,
-while the targets hold. Groups and their order inside a kind are those of `ranking`.
+while the targets hold. Groups and their order inside a kind are those of `ranking`; a score below 0, which is noise of
+an estimate, counts as 0, or everything of that kind would go whatever the target.
 
 With several targets the price is put on each one's cost and on their sum; all must hold, the least score wins.
 """
@@ -58,7 +59,7 @@ class _Options:
             while (pick := weakest((kind, block), scores, states[-1], dims, policy)) is not None:
                 states.append(remove(states[-1], kind, pick))
                 gone.units.append(gone.units[-1] + pick.units)
-                gone.score.append(gone.score[-1] + pick.score)
+                gone.score.append(gone.score[-1] + max(pick.score, 0.0))
             return gone, states
 
         heads, qk, v, mlp = [], [], [], []
@@ -145,9 +146,7 @@ def _give_back(options: _Options, choice: _Choice, holds: Callable[[_Choice], bo
             for kind in np.flatnonzero(block):
                 less = tuple(n - (k == kind) for k, n in enumerate(block))
                 steps.append(choice._replace(blocks=(*choice.blocks[:i], less, *choice.blocks[i + 1 :])))  # type: ignore[arg-type]
-        now = options.score(choice)
-        steps = sorted((s for s in steps if options.score(s) < now), key=options.score)
-        found = next((s for s in steps if holds(s)), None)
+        found = next((s for s in sorted(steps, key=options.score) if holds(s)), None)
         if found is None:
             return choice
         choice = found

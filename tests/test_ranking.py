@@ -296,6 +296,12 @@ def test_solve_sees_what_a_single_group_does_not_save():
     assert removed_score(units, rank(units, full_masks(DIMS), DIMS, p, target).masks, DIMS) > 9
 
 
+def test_solve_does_not_go_below_the_target_for_scores_below_zero():
+    units = scores(mlp=[[-1, -1, -1, 1], [-1, -1, -1, 1]])
+    found = allocate(units, full_masks(DIMS), DIMS, policy(kinds=("mlp",)), [width_target("mlp", 5)])
+    assert sum(found.dims.mlp) == 5 and found.nonpositive == 3
+
+
 def test_solve_keeps_floors_protected_blocks_and_masks():
     dims = preset("deit_tiny", depth=4)
     rng = np.random.default_rng(1)
