@@ -43,8 +43,8 @@ Record = dict[str, Any]  # {"ms": median, "spread": half the interquartile range
 class LatencyTable:
     """Milliseconds for one batch of `batch` images, as a function of dims; built from what `measure_table` returns.
 
-    Raises UserError for a missing, negative or non-finite cell, naming it, and when called with a width outside of
-    the grid.
+    A width below the grid, which ends at one group, costs what the narrowest of the grid does. Raises UserError for a
+    missing, negative or non-finite cell, naming it, and when called with a width above the grid.
     """
 
     def __init__(self, values: Mapping[str, Any], name: str = "the latency table") -> None:
@@ -85,8 +85,9 @@ class LatencyTable:
         grid = self._grids[piece]
         for axis, width in zip(_axes(piece), widths, strict=True):
             places = self.axes[axis]
-            if not places[0] <= width <= places[-1]:
+            if width > places[-1]:
                 raise UserError(f"{self.name} knows {axis} from {places[0]} to {places[-1]}, not {width}")
+            width = max(width, places[0])
             i = int(np.searchsorted(places, width))
             if places[i] == width:
                 grid = grid[i]

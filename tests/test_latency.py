@@ -69,6 +69,7 @@ def test_a_device_whose_times_are_linear_is_predicted_exactly():
     dims = dataclasses.replace(DIMS, embed=100, heads=(1, 2, 3), qk=(24, 64, 8), v=(16, 48, 64), mlp=(16, 500, 768))
     assert table(dims) == pytest.approx(true_ms(dims), rel=1e-12)  # multilinear in each width, so is the table
     assert table.disorder == 0.0
+    assert table.piece_ms("mlp", (96, 8)) == table.piece_ms("mlp", (96, 16))  # narrower than one group
     corrected = LatencyTable(values(factors=(1.2, 0.8, 0.5)))
     assert corrected.factors == pytest.approx((1.2, 0.8, 0.5), rel=1e-9)
     assert corrected.leave_one_out is not None and corrected.leave_one_out < 1e-9
