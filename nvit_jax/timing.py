@@ -49,8 +49,8 @@ def keep_memory() -> None:
 
 
 def free_bytes() -> int:
-    """Memory that a program may still take on the first device."""
-    stats = jax.devices()[0].memory_stats()
+    """Memory that a program may still take on the first device of this process."""
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     with open("/proc/meminfo", encoding="ascii") as file:
@@ -84,7 +84,7 @@ def compile_piece(dims: ViTDims, name: str, batch: int, dtype: str) -> Call:
 
 
 def compile_pieces(pieces: Sequence[tuple[ViTDims, str]], batch: int, dtype: str) -> list[Call | DoesNotFit]:
-    """`compile_piece` of each, side by side on the host's cores."""
+    """`compile_piece` of each, side by side on the host's cores; one by one where several processes must keep step."""
 
     def attempt(piece: tuple[ViTDims, str]) -> Call | DoesNotFit:
         try:
@@ -92,6 +92,8 @@ def compile_pieces(pieces: Sequence[tuple[ViTDims, str]], batch: int, dtype: str
         except DoesNotFit as error:
             return error
 
+    if jax.process_count() > 1:
+        return [attempt(piece) for piece in pieces]
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
         return list(pool.map(attempt, pieces))
 
