@@ -15,6 +15,7 @@ from nvit_jax.config import check_config
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params, preset, revit
 from nvit_jax.errors import UserError
 from nvit_jax.masks import full_masks, kept_dims
+from nvit_jax.workdir import read_lines
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference numbers lie beside the checkout only")
@@ -240,13 +241,17 @@ def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     assert call("--workdir", workdir, config=config) == 0
     metrics = read(workdir / "prune" / "metrics.json")
     assert metrics["predicted_latency_ratio"] <= 0.676 and metrics["dims"]["dist_token"]
+    history = read_lines(workdir / "prune" / "history.jsonl")
+    whole = metrics["predicted_latency_ms"] / metrics["predicted_latency_ratio"]
     macs = []
-    for ratio in (0.816, 0.8, 0.756):
+    for ratio in (0.816, 0.8, 0.756):  # the first pruning at it or below; a group can be more than lies between two
+        first = next(line for line in history if line["predicted_latency_ms"] <= ratio * whole)
         place = workdir / "prune" / "snapshots" / str(ratio)
         compact, masked = load_model(place / "model"), load_model(place / "masked")
         assert kept_dims(masked.masks, masked.dims) == compact.dims
         macs.append(count_macs(compact.dims))
-    assert macs[0] >= macs[1] >= macs[2] > count_macs(load_model(workdir / "prune" / "model").dims)
+        assert macs[-1] == first["macs"] and compact.dims.embed == first["dims"]["embed"]
+    assert history[-1]["macs"] == count_macs(load_model(workdir / "prune" / "model").dims) <= macs[-1]
     assert (
         call("--workdir", workdir, "--stage=finetune", "--force", "--config.finetune.snapshot=0.8", config=config) == 0
     )

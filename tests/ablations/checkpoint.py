@@ -29,16 +29,18 @@ from nvit_jax.reshape import reshape
 BATCH = 16
 
 
-def score(model: Model, split: data.Split, pre: data.Preprocessing, name: str, scheme: str) -> tuple[Units, float]:
+def score(
+    model: Model, split: data.Split, pre: data.Preprocessing, name: str, scheme: str, seed: int = 0
+) -> tuple[Units, float]:
     """Scores averaged over one pass over the split, and the seconds it took without compilation."""
     second_order = name in ("hvp", "obd")
     criterion = saliency.criterion(name, **({"scheme": scheme} if second_order else {}))
     step = Parallel.create("jit", tuple(jax.devices()[:1])).compile(
         prune.make_score_step(model.dims, name, criterion, None, Objective())
     )
-    key = jax.random.key_data(jax.random.key(0))
+    key = jax.random.key_data(jax.random.key(seed))
     inputs = Inputs(TrainState(np.int32(0), model.params, None, None, full_masks(model.dims), key), model.params)
-    stream = data.train_stream(split, pre, BATCH, (0,))
+    stream = data.train_stream(split, pre, BATCH, (seed,))
     total, count, start = None, len(split) // BATCH, 0.0
     for i in range(count if name not in ("magnitude", "random") else 1):
         batch = stream(i)

@@ -1,47 +1,75 @@
-"""The demo pruned to the same targets by several criteria: means over seeds. The table of the README.
+"""The demo pruned to the same target by several criteria or rules: means over seeds. A table of the README.
 
-    python -m tests.ablations.criteria --out runs/criteria [--seeds 3] [--criteria fisher obd taylor magnitude random]
+    python -m tests.ablations.criteria --out runs/criteria [--seeds 3] [--criteria hvp fisher] [--rules per_cost]
+        [--target latency_ratio=0.65]
 
-Each seed is one run of configs/demo.py with config.compare: its own dense model, the same latency table, targets,
-images per pruning and finetuning for every criterion. Finished runs are not repeated.
+Each seed is one dense model and one latency table by configs/demo.py; every criterion with every rule prunes and
+finetunes it: the same targets, images per pruning and finetuning. Rule `eta` takes the price per millisecond at which
+`per_cost` ended, since nobody knows it beforehand. Finished runs are not repeated.
 """
 
 import argparse
-import json
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 
+from nvit_jax.checkpoint import read_json
+from nvit_jax.config import CRITERIA
+from nvit_jax.workdir import read_lines
+
+MEASURES = ("pruned", "finetuned", "MACs", "params", "predicted", "measured", "seconds")
+
+
+def run(workdir: pathlib.Path, *more: str) -> None:
+    subprocess.run([sys.executable, "main.py", "--config=configs/demo.py", f"--workdir={workdir}", *more], check=True)
+
+
+def cell(base: pathlib.Path, place: pathlib.Path, criterion: str, rule: str, shared: list[str]) -> tuple[float, ...]:
+    """One pruning and finetuning of the dense model under `base`."""
+    more = [*shared, f"--config.prune.criterion={criterion}", f"--config.prune.rule={rule}"]
+    if rule == "eta":
+        price = read_lines(place.with_name(f"{criterion}-per_cost") / "prune" / "history.jsonl")[-1]["threshold"]
+        more.append(f"--config.prune.eta={price}")
+    place.mkdir(parents=True, exist_ok=True)
+    for stage in ("pretrain", "latency"):
+        if not (place / stage).exists():
+            (place / stage).symlink_to((base / stage).resolve(), target_is_directory=True)
+    run(place, "--config.stages=('prune','finetune','eval')", *more)
+    summary, pruned = read_json(place / "summary.json"), read_json(place / "prune" / "metrics.json")
+    ratios = [pruned[f"{name}ratio"] for name in ("macs_", "params_", "predicted_latency_", "latency_")]
+    return 100 * summary["pruned"]["top1"], 100 * summary["finetuned"]["top1"], *ratios, pruned["seconds"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--criteria", nargs="*", default=["fisher", "obd", "taylor", "magnitude", "random"])
+    parser.add_argument("--criteria", nargs="*", choices=CRITERIA, default=["hvp", "fisher", "magnitude"])
+    parser.add_argument("--rules", nargs="*", choices=["per_cost", "solve", "eta"], default=["per_cost"])
+    parser.add_argument("--target", nargs="*", default=["latency_ratio=0.65"])
     options = parser.parse_args()
+    targets = {"macs_ratio": "None", "latency_ratio": "None"} | dict(t.split("=") for t in options.target)
+    shared = [f"--config.prune.target.{name}={value}" for name, value in targets.items()]
     rows: dict[str, list[tuple[float, ...]]] = {}
+    dense = []
     for seed in range(options.seeds):
-        workdir = options.out / str(seed)
-        compare = f"--config.compare=({''.join(repr(c) + ',' for c in options.criteria)})"
-        command = ["main.py", "--config=configs/demo.py", f"--workdir={workdir}", f"--config.seed={seed}", compare]
-        subprocess.run([sys.executable, *command], check=True)
-        places = {"hvp": workdir} | {c: workdir / "compare" / c for c in options.criteria}
-        for criterion, place in places.items():
-            summary = json.loads((place / "summary.json").read_text())
-            pruned = json.loads((place / "prune" / "metrics.json").read_text())
-            dense, small, final = (summary[name]["top1"] for name in ("dense", "pruned", "finetuned"))
-            ratios = (pruned["macs_ratio"], pruned["latency_ratio"])
-            rows.setdefault("dense", []).append((dense, dense, 1.0, 1.0, 0.0))
-            rows.setdefault(criterion, []).append((small, final, *ratios, pruned["seconds"]))
-    print(f"{'criterion':<11} {'pruned':>16} {'finetuned':>16} {'MACs':>6} {'latency':>8} {'prune s':>8}")
-    for criterion, values in rows.items():
-        mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(5)
-        print(
-            f"{criterion:<11} {mean[0]:>8.2%} ± {spread[0]:.2%} {mean[1]:>8.2%} ± {spread[1]:.2%} "
-            f"{mean[2]:>6.3f} {mean[3]:>8.3f} {mean[4]:>8.0f}"
-        )
+        base, seeded = options.out / f"{seed}" / "dense", [f"--config.seed={seed}"]
+        run(base, "--config.stages=('pretrain','latency','eval')", *seeded)
+        dense.append(100 * read_json(base / "summary.json")["dense"]["top1"])
+        for criterion in options.criteria:
+            for rule in options.rules:
+                place = options.out / f"{seed}" / f"{criterion}-{rule}"
+                rows.setdefault(f"{criterion} {rule}", []).append(
+                    cell(base, place, criterion, rule, [*seeded, *shared])
+                )
+    print(f"\n{options.seeds} seeds, {' '.join(options.target)}, dense {np.mean(dense):.2f} ± {np.std(dense):.2f} %\n")
+    print(f"| criterion and rule | {' | '.join(MEASURES)} |\n|---|{'---|' * len(MEASURES)}")
+    for name, values in rows.items():
+        mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(MEASURES))
+        accuracies = [f"{mean[i]:.2f} ± {spread[i]:.2f} %" for i in (0, 1)]
+        print(f"| {name} | {' | '.join([*accuracies, *(f'{m:.3f}' for m in mean[2:6]), f'{mean[6]:.0f}'])} |")
 
 
 if __name__ == "__main__":
