@@ -48,12 +48,31 @@ def default_config() -> ConfigDict:
     vit.position_std = 0.02  # of position embeddings
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # or "npz", "folder"
-    c.data.path = placeholder(str)  # npz: the file
-    c.data.train = placeholder(str)  # folder: DIR/class/image, for calibration and training
-    c.data.val = placeholder(str)  # folder: DIR/class/image, for evaluation
+    c.data.name = "digits"  # or "npz", "folder", "tfds:SET" (tensorflow-datasets)
+    c.data.path = placeholder(str)  # npz: the file; folder: ROOT of train/ and val/; tfds: its data_dir
+    c.data.train = placeholder(str)  # to train and calibrate: DIR of DIR/class/image; a TFDS split ("train[:98%]")
+    c.data.val = placeholder(str)  # for evaluation
     c.data.classes = placeholder(str)  # folder: a file with one class folder's name a line, in the order of the labels
     c.data.holdout = placeholder(float)  # folder: this part of data.train, by hash of the file name, is data.val
+
+    c.data.workers = 0  # processes that read and augment images ahead of the device; 0: threads
+    c.data.threads = placeholder(int)  # in each of them; None: its share of the cores
+    c.data.max_bad_fraction = 0.01  # of a split's images that may be skipped as unreadable
+
+    # Of training images in pretrain, prune and finetune. DeiT's: crop 0.08, rand_augment "rand-m9-mstd0.5-inc1",
+    # erasing 0.25, mixup 0.8, cutmix 1.0, repeats 3, and smoothing 0.1 in the training's section.
+    c.augment = ConfigDict()
+    c.augment.crop = placeholder(float)  # random crops of this part of the area or more; None: images as evaluated
+    c.augment.flip = 0.5
+    c.augment.rand_augment = placeholder(str)
+    c.augment.color_jitter = 0.0  # where there is no rand_augment (DeiT 0.4)
+    c.augment.fast_decode = True  # JPEG at a half or less where a crop allows it; False: pixels are Pillow's
+    c.augment.repeats = 1  # views of an image in a batch
+    c.augment.erasing = 0.0
+    c.augment.mixup = 0.0
+    c.augment.cutmix = 0.0
+    c.augment.switch = 0.5  # to cutmix, where both are on
+    c.augment.mixup_shards = 1  # partners are found within this many equal parts of the batch; pmap: one a device
 
     c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
 
@@ -254,6 +273,24 @@ def check_config(c: ConfigDict) -> None:
         need(count >= 2, f"latency.widths.{axis}", count, "must be at least 2: the smallest width and the full one")
     holdout = c.data.holdout
     need(holdout is None or 0 < holdout < 1, "data.holdout", holdout, "must be between 0 and 1")
+    need(c.data.workers >= 0, "data.workers", c.data.workers, "must be >= 0")
+    need(c.data.threads is None or c.data.threads > 0, "data.threads", c.data.threads, "must be > 0")
+    bad = c.data.max_bad_fraction
+    need(0 <= bad < 1, "data.max_bad_fraction", bad, "must be in [0, 1)")
+    a = c.augment
+    need(a.crop is None or 0 < a.crop <= 1, "augment.crop", a.crop, "must be in (0, 1]")
+    for key in ("flip", "erasing", "switch"):
+        need(0 <= a[key] <= 1, f"augment.{key}", a[key], "must be in [0, 1]")
+    for key in ("mixup", "cutmix", "color_jitter"):
+        need(a[key] >= 0, f"augment.{key}", a[key], "must be >= 0")
+    for key in ("repeats", "mixup_shards"):
+        need(a[key] >= 1, f"augment.{key}", a[key], "must be >= 1")
+    for section in ("pretrain", "prune", "finetune"):
+        batch = c[section].batch
+        good = batch % a.mixup_shards == 0
+        need(good, "augment.mixup_shards", a.mixup_shards, f"does not divide {section}.batch={batch}")
+    per_image = [key for key in ("rand_augment", "color_jitter") if a[key]]
+    need(a.crop is not None or not per_image, "augment.crop", a.crop, f"augment.{' and '.join(per_image)} need it")
     need(c.prune.eval_images > 0, "prune.eval_images", c.prune.eval_images, "must be > 0")
     for name in c.export.formats:
         need(name in FORMATS, "export.formats", tuple(c.export.formats), f"{name!r} is not one of {', '.join(FORMATS)}")

@@ -1,97 +1,104 @@
-"""Image files in class folders: which there are, their labels, and the pixels as DeiT evaluates them."""
+"""Pixels of image files: whatever a folder of photographs holds, upright in 8 bits, and cropped as DeiT evaluates."""
 
-import concurrent.futures
-import hashlib
-import os
-import pathlib
-from collections.abc import Sequence
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from nvit_jax.errors import UserError
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+MAX_PIXELS = 2**27  # of one image; a file that claims more is taken for a decompression bomb
+_UPRIGHT = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_pool = concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count())
+
+class BadImage(Exception):
+    """This file is not an image that can be read; the message says why."""
 
 
-def resize_crop(image: Image.Image, resize: int, size: int, interpolation: str, channels: int) -> np.ndarray:
-    """uint8 [size, size, channels]: short side to `resize`, center crop, with torchvision's rounding."""
-    image = image.convert("RGB" if channels == 3 else "L")
+def open_image(
+    content: bytes, channels: int, reduce: Callable[[tuple[int, int]], int] = lambda size: 1
+) -> tuple[Image.Image, int]:
+    """Decode: the first frame, upright, as 8-bit RGB (channels 3) or grey (1). BadImage when that is not possible.
+
+    CMYK, palettes and alpha are converted as Pillow does (alpha is dropped), 16-bit grey is scaled. `reduce` is told
+    the upright (width, height) and may ask for a 2nd, 4th or 8th of both: JPEG decodes that faster. Also returns the
+    reduction that was done.
+    """
+    if not content:
+        raise BadImage("the file is empty")
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of large images
+            image: Image.Image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            orientation = _orientation(image)
+            whole = image.size
+            if (factor := reduce(whole[::-1] if orientation in (5, 6, 7, 8) else whole)) > 1:
+                image.draft(mode, (image.width // factor, image.height // factor))
+            image.load()
+            done = round(whole[0] / image.width)
+            if image.mode.startswith("I") or image.mode == "F":
+                image = _eight_bits(image)
+            image = image.convert(mode)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly everything for broken files
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image, done
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # broken metadata is no reason to lose the image
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F":
+        raise BadImage("pixels are floating-point numbers of unknown range")
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImage("pixels have more than 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterCrop:
+    """DeiT's evaluation: short side to `resize`, center crop of `size`. (content) -> uint8 [size, size, channels].
+
+    Pixel for pixel what Pillow gives with torchvision's rounding. Arrays are taken as they are. BadImage.
+    """
+
+    resize: int
+    size: int
+    interpolation: str
+    channels: int
+
+    def __call__(self, content: bytes | np.ndarray, rng: Any = None) -> np.ndarray:
+        if isinstance(content, np.ndarray):
+            return content
+        return resize_crop(open_image(content, self.channels)[0], self.resize, self.size, self.interpolation)
+
+
+def resize_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> np.ndarray:
+    """uint8 [size, size, channels] of a decoded image: short side to `resize`, center crop."""
     short = min(image.size)
     if short != resize:
         width, height = (resize if side == short else int(resize * side / short) for side in image.size)
-        image = image.resize((width, height), _FILTERS[interpolation])
+        image = image.resize((width, height), FILTERS[interpolation])
     left, top = (round((side - size) / 2) for side in image.size)
-    return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, channels)
-
-
-class ImageFiles:
-    """The images of a split, read when they are asked for: indexed like an array uint8 [n, size, size, channels]."""
-
-    def __init__(
-        self, root: pathlib.Path, names: Sequence[str], *, resize: int, size: int, interpolation: str, channels: int
-    ) -> None:
-        self.root, self.names = root, list(names)
-        self.resize, self.size, self.interpolation, self.channels = resize, size, interpolation, channels
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (len(self.names), self.size, self.size, self.channels)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def take(self, index: np.ndarray) -> "ImageFiles":
-        """Some of the images, not read yet."""
-        names = [self.names[i] for i in index]
-        how = {"resize": self.resize, "size": self.size, "channels": self.channels}
-        return ImageFiles(self.root, names, interpolation=self.interpolation, **how)
-
-    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        """UserError that names a file which cannot be read."""
-        chosen = np.arange(len(self))[index]
-        return np.stack(list(_pool.map(self._read, chosen)))
-
-    def _read(self, number: int) -> np.ndarray:
-        path = self.root / self.names[number]
-        try:
-            with Image.open(path) as image:
-                return resize_crop(image, self.resize, self.size, self.interpolation, self.channels)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} cannot be read as an image: {error}") from error
-
-
-def list_folder(root: pathlib.Path, key: str) -> dict[str, list[str]]:
-    """{class folder: ["class/file", ...]}, both sorted. UserError when there is no root/class/image."""
-    if not root.is_dir():
-        raise UserError(f"config.{key}={root}: there is no such directory")
-    found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
-        if files:
-            found[folder.name] = [f"{folder.name}/{name}" for name in files]
-    if not found:
-        raise UserError(f"config.{key}={root} holds no images of the form {root}/CLASS/IMAGE.JPEG")
-    return found
-
-
-def read_classes(path: pathlib.Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(folder names, human names) from a file of lines "folder<TAB>name"; a class's label is its line from 0."""
-    if not path.is_file():
-        raise UserError(f"config.data.classes={path}: there is no such file")
-    try:
-        lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config.data.classes={path} cannot be read: {error}") from error
-    folders = tuple(line[0].strip() for line in lines)
-    if len(set(folders)) != len(folders) or not folders:
-        raise UserError(f"config.data.classes={path}: the first column must name each class once")
-    return folders, tuple(line[-1].strip() for line in lines)
-
-
-def held_out(name: str, fraction: float) -> bool:
-    """Whether a file belongs to the held-out part; decided by its name alone, so that more files move none."""
-    digest = hashlib.sha256(name.rsplit("/", 1)[-1].encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)

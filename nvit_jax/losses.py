@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 # image [B, image, image, channels], label [B], index [B] (place in the global batch), and of the teachers: "teacher"
-# [B, T, C], the unpruned model's logits, "hard_teacher" [B, C], another classifier's
+# [B, T, C], the unpruned model's logits, "hard_teacher" [B, C], another classifier's; of mixed images "mixed_label" [B]
+# and "label_share" [], the part of the first
 Batch = dict[str, Any]
 
 
@@ -56,6 +57,9 @@ def objective_loss(objective: Objective, logits: jax.Array, batch: Batch) -> tup
     """Loss of every example [B] and its parts, from logits [B, T, C]; see `Batch` for the teachers'."""
     mean = logits.mean(1)
     label = cross_entropy(mean, batch["label"], objective.smoothing)
+    if "mixed_label" in batch:
+        other = cross_entropy(mean, batch["mixed_label"], objective.smoothing)
+        label = batch["label_share"] * label + (1 - batch["label_share"]) * other
     parts = {"label_loss": label}
     if objective.hard_alpha:
         hard = cross_entropy(logits[:, -1], batch["hard_teacher"].argmax(-1))

@@ -9,10 +9,11 @@ from PIL import Image
 
 from nvit_jax import save_model
 from nvit_jax.api import Model
-from nvit_jax.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_dataset, some
+from nvit_jax.data import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_dataset
 from nvit_jax.dims import ViTDims
 from nvit_jax.errors import UserError
-from nvit_jax.images import held_out, resize_crop
+from nvit_jax.images import resize_crop
+from nvit_jax.sources import held_out, labels_of
 
 CONFIG = str(ROOT / "configs" / "checkpoint.py")
 SHARED = ROOT.parent / "shared"
@@ -42,21 +43,22 @@ def load(folder, **changes):
 def test_labels_come_from_the_class_list(folder):
     data = load(folder, val=str(folder / "images"))
     split = data.split("val")
-    assert sorted(set(split.labels.tolist())) == [1, 3, 4] and data.classes[3] == "name 3"
-    for name, label in zip(split.images.names, split.labels, strict=True):
+    assert sorted(set(split.source.labels.tolist())) == [1, 3, 4] and data.classes[3] == "name 3"
+    for name, label in zip(split.source.names, split.source.labels, strict=True):
         assert name.startswith(f"n0{label}/n0{label}_")
-    assert data.overlap == 36 and split.images[np.array([3, 0])].shape == (2, 16, 16, 3)
-    assert len(some(split, 5)) == 5 and set(some(split, 6).labels.tolist()) == {1, 3, 4}
+    images, labels = split.read(np.array([35, 0]))
+    assert data.overlap == 36 and images.shape == (2, 16, 16, 3) and labels.tolist() == [4, 1]
+    assert len(split.some(5)) == 5 and set(labels_of(split.some(6).source).tolist()) == {1, 3, 4}
 
 
 def test_the_held_out_part(folder):
     data = load(folder, holdout=0.5)
-    train, val = (set(data.split(s).images.names) for s in ("train", "val"))
+    train, val = (set(data.split(s).source.names) for s in ("train", "val"))
     assert not train & val and len(train | val) == 36 and data.overlap == 0 and min(len(train), len(val)) >= 8
     # The name alone decides, wherever the file lies and however many others there are.
     assert all(held_out(f"elsewhere/{name.split('/')[1]}", 0.5) for name in val)
     (folder / "images" / "n03" / "n03_0.JPEG").unlink()
-    assert set(load(folder, holdout=0.5).split("val").images.names) == val - {"n03/n03_0.JPEG"}
+    assert set(load(folder, holdout=0.5).split("val").source.names) == val - {"n03/n03_0.JPEG"}
 
 
 def test_preprocessing_is_pillow_with_torchvisions_rounding():
@@ -71,10 +73,9 @@ def test_preprocessing_is_pillow_with_torchvisions_rounding():
         resized = image if min(width, height) == 256 else image.resize(new, Image.Resampling.BICUBIC)
         left, top = round((resized.width - 224) / 2.0), round((resized.height - 224) / 2.0)
         expected = np.asarray(resized)[top : top + 224, left : left + 224]
-        assert np.array_equal(resize_crop(image, 256, 224, "bicubic", 3), expected)
+        assert np.array_equal(resize_crop(image, 256, 224, "bicubic"), expected)
     grey = Image.fromarray(rng.integers(0, 256, (30, 30)).astype(np.uint8))
-    assert resize_crop(grey, 16, 16, "bilinear", 3).shape == (16, 16, 3)
-    assert resize_crop(grey, 16, 16, "bilinear", 1).shape == (16, 16, 1)
+    assert resize_crop(grey, 16, 16, "bilinear").shape == (16, 16, 1)
 
 
 def model_dir(folder) -> pathlib.Path:
@@ -114,8 +115,7 @@ def test_mistakes(folder):
     (folder / "twice.tsv").write_text("n01\tx\nn01\ty\n")
     (folder / "few.tsv").write_text("n01\tx\nn03\ty\n")
     for changes, words in (
-        ({"train": None}, "needs --config.data.train=DIR"),
-        ({"classes": None}, "needs --config.data.classes=FILE.tsv"),
+        ({"train": None}, "needs --config.data.path=ROOT"),
         ({"train": str(folder / "nowhere")}, "there is no such directory"),
         ({"train": str(folder / "empty")}, "holds no images of the form"),
         ({"train": str(folder / "flat")}, "holds no images of the form"),
@@ -129,7 +129,7 @@ def test_mistakes(folder):
     (folder / "images" / "n01" / "broken.png").write_bytes(b"no image")
     data = load(folder)
     with pytest.raises(UserError, match="broken.png cannot be read as an image"):
-        data.split("train").images[np.arange(36)]
+        data.split("train").read()
     with pytest.raises(UserError, match="no test split"):
         data.split("test")
 

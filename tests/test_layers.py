@@ -9,8 +9,9 @@ import nvit_jax
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors torch_vit torch_regnet",
-    "dims losses parallel config weights layouts images",
-    "checkpoint groups data evaluate roofline canonical positions",
+    "dims losses parallel config weights layouts images sources",
+    "augment mixing data",
+    "checkpoint groups pipeline evaluate roofline canonical positions",
     "workdir masks models teachers interchange sparsity",
     "report optim saliency ranking timing detect",
     "latency allocation nvit api cli distill reshape",

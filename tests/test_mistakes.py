@@ -27,7 +27,7 @@ import main
         (["--config.vit.patch=3"], "not divisible by patch"),
         (["--config.vit.preset=deit_huge"], "unknown model preset"),
         (["--config.vit.classes=5"], "the model has 5 classes, the data 10"),
-        (["--config.data.name=imagenet"], 'is not "digits", "npz" or "folder"'),
+        (["--config.data.name=imagenet"], 'is not "digits", "npz", "folder" or "tfds:SET"'),
         (["--config.dtype=int8"], "config.dtype='int8'"),
         (["--config.pretrain.batch=0"], "config.pretrain.batch=0"),
         (["--config.pretrain.batch=6"], "does not divide over 4 devices"),

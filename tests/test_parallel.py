@@ -12,7 +12,9 @@ from nvit_jax.evaluate import evaluate, make_eval_step
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks
 from nvit_jax.parallel import Parallel
+from nvit_jax.pipeline import eval_batches
 from nvit_jax.ranking import Policy, group_sizes, make_targets, rank
+from nvit_jax.sources import Arrays
 
 DIMS = small_dims(dist_token=True, heads=4, mlp=16)
 SETUPS = {"jit 4": ("jit", 4), "pmap 4": ("pmap", 4)}
@@ -110,18 +112,19 @@ def test_evaluation_counts_every_image_once(setup):
     params = random_params(DIMS, 0, np.float32)
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 17, (27, DIMS.image, DIMS.image, 1)).astype(np.uint8)
-    split = data.Split(raw, rng.integers(0, DIMS.classes, 27).astype(np.int32))
+    labels = rng.integers(0, DIMS.classes, 27).astype(np.int32)
+    split = data.Split(Arrays(raw, labels))
     preprocess = data.Preprocessing(8, 16.0, (0.5,), (0.5,))
     logits = np.asarray(models.forward(DIMS, params, preprocess(raw))).mean(1)
     order = np.argsort(-logits, axis=1)
-    step = make_eval_step(lambda s, x: models.forward(DIMS, s, x), p)
+    step = make_eval_step(lambda s, x: models.forward(DIMS, s, preprocess(x)), p)
     for size in (8, 12, 28):
-        found = evaluate(step, p.replicate(params), data.eval_batches(split, preprocess, size))
+        found = evaluate(step, p.replicate(params), eval_batches(split, size))
         assert found["images"] == 27
-        assert found["top1"] == pytest.approx((order[:, 0] == split.labels).mean(), abs=1e-6)
+        assert found["top1"] == pytest.approx((order[:, 0] == labels).mean(), abs=1e-6)
         assert found["top5"] == pytest.approx(1.0)
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        assert found["loss"] == pytest.approx(-log_p[np.arange(27), split.labels].mean(), rel=1e-5)
+        assert found["loss"] == pytest.approx(-log_p[np.arange(27), labels].mean(), rel=1e-5)
 
 
 def test_refusals():

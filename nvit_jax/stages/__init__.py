@@ -20,10 +20,10 @@ from nvit_jax.workdir import StageDir, check_workdir
 
 _COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
 SECTIONS = {  # the config sections that a stage is handed, and so the keys that it is redone for
-    "pretrain": ("seed", "data", "parallel", "dtype", "matmul_precision", "vit", "pretrain"),
+    "pretrain": ("seed", "data", "augment", "parallel", "dtype", "matmul_precision", "vit", "pretrain"),
     "latency": ("model", "dtype", "latency", "prune.profile"),
-    "prune": (*_COMMON, "prune", "latency"),
-    "finetune": (*_COMMON, "finetune"),
+    "prune": (*_COMMON, "augment", "prune", "latency"),
+    "finetune": (*_COMMON, "augment", "finetune"),
     "eval": ("model", "data", "parallel", "dtype", "latency", "eval"),
     "export": ("model", "export"),
     "report": (),

@@ -13,10 +13,13 @@ from ml_collections import ConfigDict
 import nvit_jax
 from nvit_jax import data, models
 from nvit_jax.api import Model, load_classifier, load_model
+from nvit_jax.augment import RandAugment, TrainCrop
 from nvit_jax.dims import ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
+from nvit_jax.mixing import Mixing, prepare
 from nvit_jax.parallel import Parallel
+from nvit_jax.pipeline import Stream, eval_batches, train_stream
 from nvit_jax.reshape import reshape
 from nvit_jax.teachers import Teacher
 from nvit_jax.workdir import StageDir
@@ -69,9 +72,11 @@ def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) ->
     """The configured source, checked against the model; preprocessed as a trained model's `info` says."""
     facts = (info or {}).get("preprocessing")
     preprocessing = None if facts is None else data.Preprocessing.from_json(facts)
-    if preprocessing is None and run.config.data.name == "folder":
+    if preprocessing is None and (run.config.data.name == "folder" or run.config.data.name.startswith("tfds:")):
         preprocessing = data.Preprocessing.imagenet(dims.image)
-    dataset = data.load_dataset(**run.config.data.to_dict(), preprocessing=preprocessing)
+    where = run.config.data.to_dict()
+    loading = data.Loading(where.pop("workers"), where.pop("threads"), where.pop("max_bad_fraction"))
+    dataset = data.load_dataset(**where, loading=loading, preprocessing=preprocessing)
     data.check_fits(dataset, dims.image, dims.channels, dims.classes)
     if dataset.overlap:
         run.stage.say(
@@ -97,21 +102,75 @@ def evaluator(
     dtype: Any,
     count: int | None = None,
     advance: Callable[[int], None] = lambda images: None,
+    report: Callable[[str], None] | None = None,
 ) -> Callable[[Any, Any], dict[str, Any]]:
     """(params, masks) -> top1, top5, loss, images on one split, or on `count` images of it.
 
-    `advance` is told how many images are done.
+    `advance` is told how many images are done, `report` which could not be read.
     """
-    chosen = data.some(dataset.split(split), count)
+    chosen, pre = dataset.split(split).some(count), dataset.preprocessing
     batch = -(-min(batch, len(chosen)) // len(parallel.devices)) * len(parallel.devices)
-    step = make_eval_step(lambda s, images: models.forward(dims, s[0], images, s[1], dtype=dtype), parallel)
+    step = make_eval_step(lambda s, images: models.forward(dims, s[0], pre(images), s[1], dtype=dtype), parallel)
 
     def run(params: Any, masks: Any) -> dict[str, Any]:
-        rows = parallel.local_rows(batch)
-        batches = data.eval_batches(chosen, dataset.preprocessing, batch, rows)
+        batches = eval_batches(chosen, batch, parallel.local_rows(batch), report)
         return evaluate(step, (params, masks), batches, advance)
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """config.augment for one data set: what workers do to an image, and what the device does to a batch."""
+
+    pixels: TrainCrop | None
+    mixing: Mixing
+    repeats: int
+    pre: data.Preprocessing
+    parallel: Parallel
+
+    def stream(self, split: data.Split, batch: int, seed: tuple[int, ...], report: Callable[[str], None]) -> Stream:
+        """Training batches of this process."""
+        rows = self.parallel.local_rows(batch)
+        stream = train_stream(split, batch, seed, rows, pixels=self.pixels, repeats=self.repeats)
+        stream.report = report
+        return stream
+
+    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A training step, for raw images."""
+        p = self.parallel
+        seen = self.mixing.shards // len(p.devices) if p.backend == "pmap" else None
+        return p.compile(prepare(self.pre, step, self.mixing, seen))
+
+    def compile_plain(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step on images as evaluated, for raw images."""
+        return self.parallel.compile(prepare(self.pre, step))
+
+
+def augmentation(run: Run, dataset: data.Dataset, parallel: Parallel) -> Augmentation:
+    """UserError for images that cannot be augmented and shards that pmap's devices cannot keep."""
+    a, pre = run.config.augment, dataset.preprocessing
+    mixing = Mixing(a.mixup, a.cutmix, a.switch, a.erasing, a.mixup_shards)
+    if parallel.backend == "pmap" and (a.mixup or a.cutmix) and a.mixup_shards % len(parallel.devices):
+        raise UserError(
+            f"config.augment.mixup_shards={a.mixup_shards}: pmap mixes within devices; set a multiple of "
+            f"{len(parallel.devices)}"
+        )
+    if a.crop is None:
+        return Augmentation(None, mixing, a.repeats, pre, parallel)
+    if pre.scale != 255:
+        raise UserError(f"config.augment.crop={a.crop}: images of 0..255 are needed, these are 0..{pre.scale:g}")
+    pixels = TrainCrop(
+        size=pre.size,
+        channels=len(pre.mean),
+        fill=tuple(round(255 * m) for m in pre.mean),
+        scale=(a.crop, 1.0),
+        flip=a.flip,
+        rand_augment=RandAugment.parse(a.rand_augment) if a.rand_augment else None,
+        jitter=a.color_jitter,
+        fast=a.fast_decode,
+    )
+    return Augmentation(pixels, mixing, a.repeats, pre, parallel)
 
 
 def model_info(dataset: data.Dataset, variant: str | None, provenance: Mapping[str, Any]) -> dict[str, Any]:

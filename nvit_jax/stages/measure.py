@@ -103,6 +103,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
                 c.eval.batch,
                 compute_dtype(c),
                 advance=functools.partial(advance, number * images),
+                report=run.stage.say,
             )
             known[name] = {"id": ids[name]} | score(parallel.replicate(found[name].params), None)
             write_json(known_path, known)

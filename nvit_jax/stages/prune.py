@@ -1,5 +1,6 @@
 """prune: score, rank, mask and train until the targets hold; cut the masks out; check and measure the result."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -19,10 +20,13 @@ from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks, to_numpy
 from nvit_jax.parallel import Parallel, is_main
+from nvit_jax.pipeline import eval_batches, train_stream
 from nvit_jax.reshape import reshape
 from nvit_jax.stages import rules
 from nvit_jax.stages.common import (
+    Augmentation,
     Run,
+    augmentation,
     compute_dtype,
     dense_dir,
     dense_model,
@@ -91,7 +95,7 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
     """Write masked/ and model/; returns the compact dims and the largest difference of the logits."""
     stage, dims = run.stage, dense.dims
     masked, small = _cut(state.train, dims)
-    images = dataset.preprocessing(dataset.split("val").images[:64])
+    images = dataset.preprocessing(next(eval_batches(dataset.split("val").some(64), 64))["image"])
     with jax.default_matmul_precision("float32"):
         masked_logits = np.asarray(models.forward(dims, masked.params, images, masked.masks))
         compact_logits = np.asarray(models.forward(small.dims, small.params, images))
@@ -116,7 +120,7 @@ def _save_pair(place: pathlib.Path, masked: Model, compact: Model, info: dict[st
 
 
 def _phase(
-    c: ConfigDict, dims: ViTDims, optimizer: Any, parallel: Parallel, teacher: Teacher | None, *, first: bool
+    c: ConfigDict, dims: ViTDims, optimizer: Any, augment: Augmentation, teacher: Teacher | None, *, first: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled train and score steps up to the first pruning, and after it (prune.plain_first)."""
     p = c.prune
@@ -144,7 +148,7 @@ def _phase(
         hard_teacher=teacher.logits if teacher else None,
         remat=p.score.remat,
     )
-    return parallel.compile(train), parallel.compile(score)
+    return augment.compile(train), augment.compile_plain(score)
 
 
 def _save_snapshots(
@@ -207,20 +211,23 @@ def _prune(
     for name, size in (("prune.batch", p.batch), ("prune.score.batch", p.score.batch)):
         parallel.check_batch(size, f"config.{name}")
     number = STAGES.index(stage.name)
-    train_split, preprocess = dataset.split("train"), dataset.preprocessing
+    augment, train_split = augmentation(run, dataset, parallel), dataset.split("train")
+    stack = contextlib.ExitStack()
     if plan.mode == "one_shot":
         stream: Callable[[int], Any] = _no_training
     else:
-        rows = parallel.local_rows(p.batch)
-        stream = data.train_stream(train_split, preprocess, p.batch, (c.seed, number, 0), rows)
-    score_stream = data.train_stream(
-        train_split, preprocess, p.score.batch, (c.seed, number, 1), parallel.local_rows(p.score.batch)
-    )
-    teacher_model = read_teacher(p.teacher, "prune.teacher", dims, preprocess) if p.teacher else None
+        stream = stack.enter_context(
+            contextlib.closing(augment.stream(train_split, p.batch, (c.seed, number, 0), stage.say))
+        )
+    score_rows = parallel.local_rows(p.score.batch)
+    score_stream = train_stream(train_split, p.score.batch, (c.seed, number, 1), score_rows)
+    score_stream.report = stage.say
+    stack.callback(score_stream.close)
+    teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
     hard_params = None if teacher_model is None else parallel.replicate(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
-    later = _phase(c, dims, optimizer, parallel, teacher_model, first=False)
-    steps = [_phase(c, dims, optimizer, parallel, teacher_model, first=True) if p.plain_first else later, later]
+    later = _phase(c, dims, optimizer, augment, teacher_model, first=False)
+    steps = [_phase(c, dims, optimizer, augment, teacher_model, first=True) if p.plain_first else later, later]
     masks = full_masks(dims)
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
     if (found := stage.saver.restore(state, stage.say)) is not None:
@@ -231,7 +238,7 @@ def _prune(
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
     teacher = parallel.replicate(dense.params)
-    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images)
+    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.say)
     batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
 
     def score(train: distill.TrainState, pruning: int) -> Any:
@@ -266,7 +273,7 @@ def _prune(
         )
 
     total = (plan.steps - 1) * plan.interval if plan.mode == "gradual" else None
-    with matmul_precision(c), stage.progress(total, first):
+    with matmul_precision(c), stage.progress(total, first), stack:
         return prune.prune_loop(
             state,
             dims=dims,

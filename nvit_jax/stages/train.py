@@ -1,5 +1,6 @@
 """pretrain and finetune: one training run from a config section, resumed from its saved state."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from nvit_jax.losses import Objective
 from nvit_jax.parallel import Parallel
 from nvit_jax.stages.common import (
     Run,
+    augmentation,
     compute_dtype,
     dense_model,
     evaluator,
@@ -59,9 +61,9 @@ def _fit_stage(
     config, stage = run.config, run.stage
     parallel = Parallel.create(config.parallel)
     parallel.check_batch(section.batch, f"config.{stage.name}.batch")
-    split = dataset.split("train")
-    seed, rows = (config.seed, STAGES.index(stage.name)), parallel.local_rows(section.batch)
-    stream = data.train_stream(split, dataset.preprocessing, section.batch, seed, rows)
+    augment, split = augmentation(run, dataset, parallel), dataset.split("train")
+    seed = (config.seed, STAGES.index(stage.name))
+    stream = augment.stream(split, section.batch, seed, stage.say)
     per_epoch = len(split) // section.batch
     steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
     rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
@@ -75,7 +77,7 @@ def _fit_stage(
     hard_logits = functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None
 
     def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
-        step = parallel.compile(
+        step = augment.compile(
             distill.make_train_step(
                 dims,
                 optimizer,
@@ -91,9 +93,11 @@ def _fit_stage(
     def squared_gradients() -> Params:
         optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, per_epoch)
         state = parallel.replicate(distill.new_state(params, optimizer, config.seed))
-        batch = data.train_stream(split, dataset.preprocessing, section.batch, (*seed, 1), rows)
         step = compiled(optimizer)
-        with matmul_precision(config):
+        with (
+            matmul_precision(config),
+            contextlib.closing(augment.stream(split, section.batch, (*seed, 1), stage.say)) as batch,
+        ):
             for number in range(batches):
                 state, _ = step(state, batch(number))
         return jax.tree.map(lambda s: s / batches, jax.device_get(state.opt_state))
@@ -104,7 +108,7 @@ def _fit_stage(
             optimizer, start = sparsity.held(adamw, masks), sparsity.apply(params, masks)
         return optimizer, distill.new_state(start, optimizer, config.seed, ema=section.ema > 0)
 
-    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config))
+    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config), report=stage.say)
     # By magnitude; a saved state brings masks of its own, and these say what shapes they have.
     optimizer, state = begin(sparsity.find_masks(params) if sparse else None)
     if (found := stage.saver.restore(state, stage.say)) is not None:
@@ -120,7 +124,7 @@ def _fit_stage(
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     state = parallel.replicate(state)
-    with matmul_precision(config), stage.progress(steps, first):
+    with matmul_precision(config), stage.progress(steps, first), contextlib.closing(stream):
         state = distill.fit(
             state,
             compiled(optimizer, drop_path=section.drop_path, dropout=section.dropout, ema_decay=section.ema),

@@ -23,7 +23,9 @@ from nvit_jax.dims import Units, count_macs, count_params
 from nvit_jax.distill import Inputs, TrainState
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks
+from nvit_jax.mixing import prepare
 from nvit_jax.parallel import Parallel
+from nvit_jax.pipeline import train_stream
 from nvit_jax.reshape import reshape
 
 BATCH = 16
@@ -36,11 +38,11 @@ def score(
     second_order = name in ("hvp", "obd")
     criterion = saliency.criterion(name, **({"scheme": scheme} if second_order else {}))
     step = Parallel.create("jit", tuple(jax.devices()[:1])).compile(
-        prune.make_score_step(model.dims, name, criterion, None, Objective())
+        prepare(pre, prune.make_score_step(model.dims, name, criterion, None, Objective()))
     )
     key = jax.random.key_data(jax.random.key(seed))
     inputs = Inputs(TrainState(np.int32(0), model.params, None, None, full_masks(model.dims), key), model.params)
-    stream = data.train_stream(split, pre, BATCH, (seed,))
+    stream = train_stream(split, BATCH, (seed,))
     total, count, start = None, len(split) // BATCH, 0.0
     for i in range(count if name not in ("magnitude", "random") else 1):
         batch = stream(i)
@@ -54,10 +56,10 @@ def score(
 
 def hits(run, split: data.Split, pre: data.Preprocessing) -> np.ndarray:
     """1 where the largest logit is the label's."""
-    found = [
-        run(pre(split.images[slice(i, i + BATCH)])).argmax(-1) == split.labels[i : i + BATCH]
-        for i in range(0, len(split), BATCH)
-    ]
+    found = []
+    for i in range(0, len(split), BATCH):
+        images, labels = split.read(slice(i, i + BATCH))
+        found.append(run(pre(images)).argmax(-1) == labels)
     return np.concatenate(found).astype(float)
 
 

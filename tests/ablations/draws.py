@@ -13,6 +13,7 @@ from nvit_jax.api import Model, load_model
 from nvit_jax.checkpoint import read_json, write_json
 from nvit_jax.dims import Units
 from nvit_jax.masks import full_masks
+from nvit_jax.sources import Arrays
 from tests.ablations.checkpoint import BATCH, score
 
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
@@ -58,7 +59,12 @@ class Draw:
         assert result.met
         ours = self.answers(result.masks, self.held)
         divergence = (np.exp(self.dense) * (self.dense - ours)).sum(-1).mean()
-        return 100 * (ours.argmax(-1) == self.held.labels).mean(), float(divergence)
+        return 100 * (ours.argmax(-1) == self.labels).mean(), float(divergence)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the held images."""
+        return self.held.source.labels
 
 
 def draws(options: argparse.Namespace) -> Iterator[tuple[Draw, latency.LatencyTable]]:
@@ -68,18 +74,18 @@ def draws(options: argparse.Namespace) -> Iterator[tuple[Draw, latency.LatencyTa
     table = latency.LatencyTable(read_json(options.table), str(options.table))
     pre = data.Preprocessing.from_json(model.info["preprocessing"])
     paths = {"train": str(options.images), "val": str(options.images), "classes": str(options.classes)}
-    everything = data.load_dataset("folder", **paths, preprocessing=pre).split("train")
-    images, labels = everything.images[slice(None)], everything.labels
+    images, labels = data.load_dataset("folder", **paths, preprocessing=pre).split("train").read()
     forward = jax.jit(lambda p, m, x: jax.nn.log_softmax(models.forward(dims, p, x, m).mean(1)))
 
     def answers(masks: Units, held: data.Split) -> np.ndarray:
-        whole = np.concatenate([held.images, held.images[: -len(held) % BATCH]])
+        whole = held.source.images
+        whole = np.concatenate([whole, whole[: -len(held) % BATCH]])
         parts = [forward(model.params, masks, pre(whole[i : i + BATCH])) for i in range(0, len(whole), BATCH)]
         return np.concatenate(parts)[: len(held)]
 
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(labels))
-        calibration, held = (data.Split(images[i], labels[i]) for i in (order[:SCORED], order[SCORED:]))
+        calibration, held = (data.Split(Arrays(images[i], labels[i])) for i in (order[:SCORED], order[SCORED:]))
         dense = answers(full_masks(dims), held)
         yield Draw(seed, calibration, held, dense, answers, model, pre, options.out), table
 

@@ -20,6 +20,7 @@ import nvit_jax
 from nvit_jax import data, models, saliency
 from nvit_jax.losses import Objective, cross_entropy, draw_labels, objective_loss
 from nvit_jax.masks import full_masks
+from nvit_jax.pipeline import train_stream
 from nvit_jax.ranking import Policy, group_sizes, make_targets, rank
 
 SCHEMES = [  # scheme, units of a chunk, probes
@@ -49,7 +50,8 @@ def main() -> None:
     dims, params = model.dims, model.params
     dataset = data.load_dataset("digits")
     train, val = dataset.splits["train"], dataset.splits["val"]
-    batch = data.train_stream(train, dataset.preprocessing, options.images, (0,))(0)
+    batch = train_stream(train, options.images, (0,))(0)
+    batch["image"] = dataset.preprocessing(batch["image"])
     batch["teacher"] = np.asarray(model.apply(params, batch["image"]))[:, None]
     kl = Objective(label_weight=0.0, kl_weight=float(dims.classes))
     masks = jax.tree.map(jnp.asarray, full_masks(dims))
@@ -60,7 +62,8 @@ def main() -> None:
 
     policy = Policy(sizes=group_sizes("cpu"), floors={"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
     targets = make_targets({"macs_ratio": 0.5}, dims, None)
-    images, labels = dataset.preprocessing(val.images), val.labels
+    raw, labels = val.read()
+    images = dataset.preprocessing(raw)
 
     @jax.jit
     def val_loss(masks):

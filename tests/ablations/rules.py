@@ -32,7 +32,7 @@ def main() -> None:
             rows.setdefault(name, []).append((top1, divergence, cost))
             print(f"seed {draw.seed}: {name}: top-1 {top1:.1f} %, KL {divergence:.3f}, cost {cost:.3f}", flush=True)
 
-        rows.setdefault("dense", []).append((100 * (draw.dense.argmax(-1) == draw.held.labels).mean(), 0.0, 1.0))
+        rows.setdefault("dense", []).append((100 * (draw.dense.argmax(-1) == draw.labels).mean(), 0.0, 1.0))
         plain = ranking.Policy(sizes=sizes, floors=FLOORS, latency=table)
         for ratio in options.ratios:
             targets = ranking.make_targets({"latency_ratio": ratio}, dims, table)

@@ -24,7 +24,7 @@ def main() -> None:
         dims = draw.model.dims
         policy = ranking.Policy(sizes=ranking.group_sizes("cpu"), floors=FLOORS, latency=table)
         choose = allocation.allocate if options.rule == "solve" else ranking.rank
-        rows.setdefault("dense", []).append((100 * (draw.dense.argmax(-1) == draw.held.labels).mean(), 0.0, 1.0))
+        rows.setdefault("dense", []).append((100 * (draw.dense.argmax(-1) == draw.labels).mean(), 0.0, 1.0))
         for ratio in options.ratios:
             targets = ranking.make_targets({"latency_ratio": ratio}, dims, table)
             for criterion in options.criteria:
