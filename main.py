@@ -10,6 +10,7 @@ Stages, in order (all of config.stages without --stage):
   eval      accuracy, MACs, parameters, latency  -> DIR/eval/metrics.json, DIR/summary.json
   export    safetensors + PyTorch, StableHLO, ONNX -> DIR/export
   report    one page with the plots              -> DIR/report.html
+  preview   one page of augmented images (not in config.stages) -> DIR/preview.html
 
 A finished stage is left alone, a killed one resumes. --force starts one anew (with --stage) and marks the later
 ones stale. Several hosts: the same command on each, with --distributed and a DIR that all of them see; where JAX

@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     c.latency.batch = 32
     c.latency.repeats = 9
 
-    c.prune.criterion = "fisher"
     c.prune.mode = "one_shot"
     c.prune.score.batch = 16
     c.prune.score.batches = 64  # 1,024 images, or all that there are

@@ -5,6 +5,12 @@ from ml_collections import ConfigDict
 from nvit_jax.config import default_config
 
 
+def _deit(c: ConfigDict) -> None:
+    """DeiT's augmentation, as its code trains with by default (and NViT's, which builds on it)."""
+    c.augment.update(crop=0.08, rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, repeats=3)
+    c.data.workers = 8  # of each host; 0 is enough for fewer than 8 cores
+
+
 def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
     """Prune to the last of the latency ratios, with snapshots at the others."""
     c = default_config()
@@ -12,6 +18,7 @@ def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
     c.data.name = "folder"
     c.dtype = "bfloat16"
     c.eval.split = "val"
+    _deit(c)
 
     c.prune.update(criterion="taylor", align="shared", profile="nvit", rule="nvit", eta=5e-4)
     c.prune.update(mode="iterative", interval=100, groups_per_step=2, ema=0.9, reset_scores=True)
@@ -39,10 +46,12 @@ def revit(preset: str, variant: str = "") -> ConfigDict:
     c.dtype = "bfloat16"
     c.eval.split = "val"
     c.vit.preset = preset
+    _deit(c)
     p = c.pretrain
     p.update(epochs=300.0, batch=1024, learning_rate=5e-4, learning_rate_batch=512, final_learning_rate=1e-5)
     p.update(warmup_epochs=5.0, weight_decay=0.05, ema=0.99996, smoothing=0.1, drop_path=0.1)
     if variant == "tiny":
+        _plain(c)
         c.data.name, c.dtype, c.eval.split = "digits", "float32", "test"
         c.vit.update(image=8, patch=4, channels=1, classes=10)
         p.update(epochs=0.2, batch=32, warmup_epochs=0.1)
@@ -51,9 +60,16 @@ def revit(preset: str, variant: str = "") -> ConfigDict:
     return c
 
 
+def _plain(c: ConfigDict) -> None:
+    """The digits are no photographs."""
+    c.augment.update(crop=None, rand_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1)
+    c.data.workers = 0
+
+
 def _tiny(c: ConfigDict) -> None:
     """The same loop on the digits: a narrow distilled ViT of this run's own, less of the way down, no CNN."""
     c.stages = ("pretrain", *c.stages)
+    _plain(c)
     c.data.name, c.dtype, c.eval.split = "digits", "float32", "test"
     c.vit.update(image=8, patch=4, channels=1, classes=10, embed=64, depth=2, heads=4, mlp=128, dist_token=True)
     c.vit.update(init_std=0.1, position_std=0.5)

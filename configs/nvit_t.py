@@ -3,14 +3,14 @@
 python convert_deit_weights.py --checkpoint deit_base_distilled_patch16_224-df68dfff.pth --out deit_b
 python convert_deit_weights.py --checkpoint regnety_160-a5fe301d.pth --out regnety_160
 python main.py --config configs/nvit_t.py --workdir runs/nvit_t --config.model=deit_b \
-    --config.prune.teacher=regnety_160 --config.finetune.teacher=regnety_160 --config.data.classes=imagenet.tsv \
-    --config.data.train=imagenet/train --config.data.val=imagenet/val [--config.latency.table=latency_head.json]
+    --config.prune.teacher=regnety_160 --config.finetune.teacher=regnety_160 --config.data.path=imagenet \
+    --config.data.classes=imagenet.tsv [--config.latency.table=latency_head.json]
 
 Hardware of the paper: 4 V100 to prune (global batch 512), 32 V100 to finetune (global batch 4,608); time: not known.
 The larger three lie on the way: runs/nvit_t/prune/snapshots/ (finetune.snapshot=0.54 finetunes that one).
 Without latency.table the latency stage measures this device; the published ratios are the V100 table's.
 Published: 6.9 M parameters, 1.3 GFLOPs, 4.97x on V100, top-1 76.21 %.
-Ours: not run. DeiT's augmentation is not in this project yet.
+Ours: not run.
 
 :tiny is a twin of seconds on the digits, for the tests.
 """

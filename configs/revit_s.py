@@ -1,11 +1,11 @@
 """ReViT-S: NViT's redistributed widths at embed 384, trained from random weights (CVPR 2023, table 7).
 
-python main.py --config configs/revit_s.py --workdir runs/revit_s --config.data.classes=imagenet.tsv \
-    --config.data.train=imagenet/train --config.data.val=imagenet/val
+python main.py --config configs/revit_s.py --workdir runs/revit_s --config.data.path=imagenet \
+    --config.data.classes=imagenet.tsv
 
 Hardware: 8 GPUs or more (global batch 1,024); time: not known.
 Published: 23 M parameters, 4.7 GFLOPs, top-1 81.22 % (DeiT-S 81.01 %).
-Ours: not run. DeiT's augmentation and its CNN teacher in pretraining are not in this project yet.
+Ours: not run. DeiT's CNN teacher in pretraining is not in this project yet.
 
 :tiny is a twin of seconds on the digits, for the tests.
 """

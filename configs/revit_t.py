@@ -1,11 +1,11 @@
 """ReViT-T: NViT's redistributed widths at embed 176, trained from random weights (CVPR 2023, table 7).
 
-python main.py --config configs/revit_t.py --workdir runs/revit_t --config.data.classes=imagenet.tsv \
-    --config.data.train=imagenet/train --config.data.val=imagenet/val
+python main.py --config configs/revit_t.py --workdir runs/revit_t --config.data.path=imagenet \
+    --config.data.classes=imagenet.tsv
 
 Hardware: 8 GPUs or more (global batch 1,024); time: not known.
 Published: 5.9 M parameters, 1.3 GFLOPs, top-1 74.20 % (DeiT-T 72.84 %).
-Ours: not run. DeiT's augmentation and its CNN teacher in pretraining are not in this project yet.
+Ours: not run. DeiT's CNN teacher in pretraining is not in this project yet.
 
 :tiny is a twin of seconds on the digits, for the tests.
 """

@@ -19,7 +19,7 @@ PROFILES = ("nvit", "cpu", "gpu", "tpu")
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
 SPARSITY = ("magnitude", "gradient")
 SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
-STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report")  # in order
+STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report", "preview")  # in order
 FORMATS = ("safetensors", "stablehlo", "onnx")
 
 
@@ -75,6 +75,7 @@ def default_config() -> ConfigDict:
     c.augment.mixup_shards = 1  # partners are found within this many equal parts of the batch; pmap: one a device
 
     c.pretrain = _training(epochs=100.0, learning_rate=1e-3)
+    c.pretrain.start = placeholder(str)  # a model directory whose weights it starts from, instead of random ones of vit
 
     c.latency = ConfigDict()
     c.latency.table = placeholder(str)  # table.json of another run's latency stage, or the released NViT's, instead
@@ -89,7 +90,7 @@ def default_config() -> ConfigDict:
     c.latency.repeats = 15  # timings of everything; the median counts
 
     c.prune = prune = ConfigDict()
-    prune.criterion = "hvp"  # hvp obd fisher taylor hvp_joint magnitude random
+    prune.criterion = "fisher"  # hvp obd fisher taylor hvp_joint magnitude random
     prune.mode = "gradual"  # one_shot gradual iterative
     prune.steps = 8  # prunings of "gradual"
     prune.interval = 100  # optimizer steps between prunings
@@ -161,6 +162,8 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
     c = ConfigDict()
     c.epochs = epochs
     c.batch = 64
+    c.accumulate = 1  # parts that a batch goes through the device in, for less memory
+    c.remat = False  # compute blocks again in the backward pass: less memory, about a third slower
     c.learning_rate = learning_rate
     c.learning_rate_batch = placeholder(int)  # the rate is for this many images and scales with batch (DeiT: 512)
     c.warmup_epochs = 0.0
@@ -215,6 +218,8 @@ def check_config(c: ConfigDict) -> None:
         s = c[section]
         need(s.epochs > 0, f"{section}.epochs", s.epochs, "must be > 0")
         need(0 <= s.ema < 1, f"{section}.ema", s.ema, "must be in [0, 1)")
+        need(s.accumulate >= 1, f"{section}.accumulate", s.accumulate, "must be >= 1")
+        need(s.batch % s.accumulate == 0, f"{section}.accumulate", s.accumulate, f"does not divide batch={s.batch}")
         need(s.eval_every % s.log_every == 0, f"{section}.eval_every", s.eval_every, "must be a multiple of log_every")
     for section in ("pretrain", "prune", "finetune"):
         for key in ("learning_rate", "weight_decay"):

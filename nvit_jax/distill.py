@@ -57,35 +57,52 @@ def make_train_step(
     drop_path: float = 0.0,
     dropout: float = 0.0,
     ema_decay: float = 0.0,
+    accumulate: int = 1,
+    remat: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean over the global batch.
 
-    `hard_teacher(params, images)` gives logits [B, C] where the objective has a hard_alpha.
+    `hard_teacher(params, images)` gives logits [B, C] where the objective has a hard_alpha. `accumulate`: the batch
+    goes through the models in that many parts, one after the other, for the memory of one; the same step but for
+    rounding.
+    `remat`: blocks are computed again in the backward pass.
     """
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         state = inputs.state
-        keys = None
-        if drop_path or dropout:
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
-        if objective.needs_teacher:
-            assert teacher_dims is not None
-            batch = batch | {"teacher": models.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
-        if objective.hard_alpha:
-            assert hard_teacher is not None
-            batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
 
-        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            logits = models.forward(
-                dims, params, batch["image"], state.masks, keys=keys, dtype=dtype, drop_path=drop_path, dropout=dropout
-            )
-            each, parts = objective_loss(objective, logits, batch)
-            metrics = {"loss": each.mean(), "top1": (logits.mean(1).argmax(-1) == batch["label"]).mean()}
-            return metrics["loss"], metrics | {name: part.mean() for name, part in parts.items()}
+        def part(batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+            keys = None
+            if drop_path or dropout:
+                key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+            if objective.needs_teacher:
+                assert teacher_dims is not None
+                batch = batch | {"teacher": models.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
+            if objective.hard_alpha:
+                assert hard_teacher is not None
+                batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
+            images = batch["image"]
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
-        gradient, metrics = mean(gradient), mean(metrics)
+            def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+                logits = models.forward(
+                    dims,
+                    params,
+                    images,
+                    state.masks,
+                    keys=keys,
+                    dtype=dtype,
+                    drop_path=drop_path,
+                    dropout=dropout,
+                    remat=remat,
+                )
+                each, parts = objective_loss(objective, logits, batch)
+                metrics = {"loss": each.mean(), "top1": (logits.mean(1).argmax(-1) == batch["label"]).mean()}
+                return metrics["loss"], metrics | {name: value.mean() for name, value in parts.items()}
+
+            return jax.grad(loss, has_aux=True)(state.params)
+
+        gradient, metrics = mean(_in_parts(part, batch, accumulate))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if state.average is None else ema_update(state.average, params, state.step, ema_decay)
@@ -93,6 +110,26 @@ def make_train_step(
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
 
     return step
+
+
+def _in_parts(part: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+    """The mean of `part` over `count` parts of the batch: every count-th row, so that all devices work on each."""
+    if count == 1:
+        return part(batch)
+    shared = {name: value for name, value in batch.items() if jnp.ndim(value) == 0}
+    rows = {
+        name: jnp.swapaxes(value.reshape(len(value) // count, count, *value.shape[1:]), 0, 1)
+        for name, value in batch.items()
+        if name not in shared
+    }
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, batch))
+
+    def add(total: Any, number: Any) -> tuple[Any, None]:
+        found = part(shared | jax.tree.map(lambda x: x[number], rows))
+        return jax.tree.map(jnp.add, total, found), None
+
+    total, _ = jax.lax.scan(add, zero, jnp.arange(count))
+    return jax.tree.map(lambda x: x / count, total)
 
 
 class Monitor(Protocol):

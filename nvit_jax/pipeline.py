@@ -7,6 +7,7 @@ of workers, devices and processes sees the same numbers.
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Stream:
         self._index = np.array(rows, np.int32)
         self._batches: Iterator[Any] | None = None
         self._next = 0
+        self.waited = 0.0  # seconds that the loop has waited for batches
         self.bad: dict[str, str] = {}  # examples that could not be read, and why
         self.report: Callable[[str], None] = lambda text: None
 
@@ -69,7 +71,9 @@ class Stream:
             self.close()
             self._batches = self._start(step)
         self._next = step + 1
+        began = time.monotonic()
         batch = next(self._batches)
+        self.waited += time.monotonic() - began
         for number in batch["bad"][batch["bad"] >= 0].tolist():
             self._note(number)
         return batch

@@ -1,5 +1,6 @@
 """The final table, and report.html: one self-contained page from the files of a run."""
 
+import base64
 import html
 import io
 import pathlib
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from nvit_jax.checkpoint import read_json, write_text
 from nvit_jax.workdir import read_lines
@@ -99,6 +101,20 @@ def write_report(workdir: Path, path: Path) -> None:
     keys = [(key, repr(value)) for key, value in config["config"].items() if value is not None]
     parts.append(f"<details><summary>{len(keys)} keys</summary>{_html_table(('key', 'value'), keys)}</details>")
     write_text(path, _PAGE.format(title=html.escape(workdir.absolute().name), body="\n".join(parts)))
+
+
+def write_preview(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], side: int = 128) -> None:
+    """A page of rows of images, uint8 [s, s, channels], each with a line of text above it."""
+    parts = []
+    for text, images in rows:
+        cells = []
+        for pixels in images:
+            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+            buffer = io.BytesIO()
+            image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None).save(buffer, "PNG")
+            cells.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        parts.append(f"<p>{html.escape(text)}</p><div>{' '.join(cells)}</div>")
+    write_text(path, _PAGE.format(title="Training images", body="\n".join(parts)))
 
 
 def _done(stage: Path) -> bool:

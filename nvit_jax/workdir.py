@@ -24,6 +24,7 @@ _FOLLOW = (
     "eval",
     "export",
     "report",
+    "preview",
 )  # take in what is new; the other stages are redone only when what they read changed
 
 

@@ -2,11 +2,13 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, call, read
 from PIL import Image
 
+from nvit_jax import load_model
 from nvit_jax.augment import RandAugment, TrainCrop
 from nvit_jax.data import Loading, Preprocessing, Split, load_dataset
 from nvit_jax.errors import UserError
@@ -184,6 +186,15 @@ def test_a_run_on_folders_with_deits_augmentation(root, tmp_path, capsys):
     config = str(ROOT / "tests" / "tiny.py")
     assert call("--workdir", tmp_path / "W", *arguments, config=config) == 0, capsys.readouterr().err
     assert read(tmp_path / "W" / "pretrain" / "metrics.json")["steps"] == 6
+    preview = [a for a in arguments if a != "--stage=pretrain"]
+    assert call("--workdir", tmp_path / "W", *preview, "--stage=preview", config=config) == 0
+    page = (tmp_path / "W" / "preview.html").read_text()
+    assert "ant: as evaluated" in page and page.count("data:image/png;base64,") == 6 * 7 + 3 * 8
+    start = [f"--config.pretrain.start={tmp_path}/W/pretrain/model", "--config.pretrain.learning_rate=0.0"]
+    start += ["--config.pretrain.weight_decay=0.0", "--config.pretrain.accumulate=3"]
+    assert call("--workdir", tmp_path / "S", *arguments, *start, config=config) == 0
+    before, after = (load_model(tmp_path / w / "pretrain" / "model").params for w in "WS")
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     more = [*arguments, "--config.vit.classes=5"]
     assert call("--workdir", tmp_path / "V", *more, config=config) == 2
     assert "the model has 5 classes, the data 2 folders" in capsys.readouterr().err

@@ -18,7 +18,7 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "prune convert export",
     "stages.common",
     "stages.rules",
-    "stages.export stages.measure stages.prune stages.train",
+    "stages.export stages.measure stages.preview stages.prune stages.train",
     "stages",
 ]
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names.split()}

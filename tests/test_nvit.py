@@ -234,6 +234,13 @@ def test_the_configs_say_what_the_paper_says(name):
         assert c.finetune.learning_rate * c.finetune.batch / c.finetune.learning_rate_batch == pytest.approx(1.8e-3)
 
 
+@pytest.mark.parametrize("variant", ["cifar10", "cifar100", "inat18", "inat19"])
+def test_the_configs_of_other_data_sets(variant):
+    module = importlib.import_module("configs.transfer")
+    check_config(module.get_config(variant))
+    assert f":{variant}" in module.__doc__ and "Ours: not run" in module.__doc__
+
+
 def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     """All stages, with the three snapshots on the way; one of them is finetuned in the place of the last model."""
     config = f"{ROOT / 'configs' / 'nvit_t.py'}:tiny"

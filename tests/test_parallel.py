@@ -107,6 +107,26 @@ def test_a_finetuning_step(setup):
 
 
 @pytest.mark.parametrize("setup", SETUPS)
+def test_a_batch_in_parts_is_the_large_batch(setup):
+    """Four parts, on any devices: the sums go in another order, 1e-5. Recomputed blocks change nothing either."""
+    params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
+    import optax
+
+    optimizer = optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=optim.decays)
+    given = batch(16)
+
+    def run(p: Parallel, **options):
+        step = distill.make_train_step(
+            DIMS, optimizer, MIX, teacher_dims=DIMS, drop_path=0.3, dropout=0.2, ema_decay=0.9, **options
+        )
+        state = p.replicate(distill.new_state(params, optimizer, 5, ema=True))
+        state, metrics = p.compile(step)(distill.Inputs(state, p.replicate(teacher)), p.shard(given))
+        return state.params, state.average, state.opt_state, metrics
+
+    close(run(parallel(*SETUPS[setup]), accumulate=4, remat=True), run(parallel()))
+
+
+@pytest.mark.parametrize("setup", SETUPS)
 def test_evaluation_counts_every_image_once(setup):
     p = parallel(*SETUPS[setup])
     params = random_params(DIMS, 0, np.float32)

@@ -13,7 +13,7 @@ from nvit_jax.checkpoint import fingerprint, read_json, write_json
 from nvit_jax.config import flatten_config
 from nvit_jax.errors import UserError
 from nvit_jax.parallel import is_main, main_decides
-from nvit_jax.stages import export, measure, prune, train
+from nvit_jax.stages import export, measure, preview, prune, train
 from nvit_jax.stages.common import Run
 from nvit_jax.timing import device_name
 from nvit_jax.workdir import StageDir, check_workdir
@@ -27,6 +27,7 @@ SECTIONS = {  # the config sections that a stage is handed, and so the keys that
     "eval": ("model", "data", "parallel", "dtype", "latency", "eval"),
     "export": ("model", "export"),
     "report": (),
+    "preview": ("seed", "model", "data", "augment", "vit"),
 }
 
 FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -37,6 +38,7 @@ FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "eval": measure.evaluate_models,
     "export": export.export_last,
     "report": measure.make_report,
+    "preview": preview.preview_augmentation,
 }
 _INPUTS = {  # the stages whose results a stage reads where they exist
     "pretrain": (),
@@ -46,6 +48,7 @@ _INPUTS = {  # the stages whose results a stage reads where they exist
     "eval": ("pretrain", "prune", "finetune"),
     "export": ("pretrain", "prune", "finetune"),
     "report": ("pretrain", "latency", "prune", "finetune", "eval"),
+    "preview": ("pretrain",),
 }
 
 
@@ -77,7 +80,7 @@ def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: b
         directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
     inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
     # What the user gives stands for its content.
-    for key in ("model", "data.path", "latency.table", "prune.teacher", "finetune.teacher"):
+    for key in ("model", "data.path", "pretrain.start", "latency.table", "prune.teacher", "finetune.teacher"):
         value = flatten_config(handed).get(key)
         if value and pathlib.Path(value).exists():
             inputs[key] = fingerprint(pathlib.Path(value))

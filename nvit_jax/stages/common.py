@@ -14,7 +14,7 @@ import nvit_jax
 from nvit_jax import data, models
 from nvit_jax.api import Model, load_classifier, load_model
 from nvit_jax.augment import RandAugment, TrainCrop
-from nvit_jax.dims import ViTDims
+from nvit_jax.dims import ViTDims, preset
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
 from nvit_jax.mixing import Mixing, prepare
@@ -35,6 +35,17 @@ class Run:
 
     def other(self, name: str) -> StageDir:
         return StageDir(self.workdir, name)
+
+
+def dims_from_config(vit: ConfigDict) -> ViTDims:
+    """The model that pretrain makes. UserError for widths that are missing."""
+    values = {k: v for k, v in vit.items() if v is not None and k not in ("preset", "init_std", "position_std")}
+    if vit.preset:
+        return preset(vit.preset, **values)
+    needed = ("image", "patch", "classes", "embed", "depth", "heads", "mlp")
+    if missing := [k for k in needed if k not in values]:
+        raise UserError(f"config.vit: set {', '.join(missing)}, or config.vit.preset")
+    return ViTDims.uniform(**values)
 
 
 def dense_dir(run: Run) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import time
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from nvit_jax import data, distill, models, optim, sparsity
 from nvit_jax.api import Model, load_model, save_model
 from nvit_jax.config import STAGES
-from nvit_jax.dims import ViTDims, count_macs, count_params, preset
+from nvit_jax.dims import ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Objective
@@ -21,6 +22,7 @@ from nvit_jax.stages.common import (
     augmentation,
     compute_dtype,
     dense_model,
+    dims_from_config,
     evaluator,
     load_data,
     matmul_precision,
@@ -31,16 +33,6 @@ from nvit_jax.stages.common import (
 from nvit_jax.teachers import Teacher
 
 _SCORE_BATCHES = 64  # of finetune.sparsity="gradient", and at most one pass over the train split
-
-
-def _dims_from_config(vit: ConfigDict) -> ViTDims:
-    values = {k: v for k, v in vit.items() if v is not None and k not in ("preset", "init_std", "position_std")}
-    if vit.preset:
-        return preset(vit.preset, **values)
-    needed = ("image", "patch", "classes", "embed", "depth", "heads", "mlp")
-    if missing := [k for k in needed if k not in values]:
-        raise UserError(f"config.vit: set {', '.join(missing)}, or config.vit.preset")
-    return ViTDims.uniform(**values)
 
 
 def _fit_stage(
@@ -60,7 +52,7 @@ def _fit_stage(
     """
     config, stage = run.config, run.stage
     parallel = Parallel.create(config.parallel)
-    parallel.check_batch(section.batch, f"config.{stage.name}.batch")
+    parallel.check_batch(section.batch // section.accumulate, f"config.{stage.name}.batch / accumulate")
     augment, split = augmentation(run, dataset, parallel), dataset.split("train")
     seed = (config.seed, STAGES.index(stage.name))
     stream = augment.stream(split, section.batch, seed, stage.say)
@@ -85,6 +77,8 @@ def _fit_stage(
                 teacher_dims=teacher.dims if teacher else None,
                 hard_teacher=hard_logits,
                 dtype=compute_dtype(config),
+                accumulate=section.accumulate,
+                remat=section.remat,
                 **regularisation,
             )
         )
@@ -124,6 +118,7 @@ def _fit_stage(
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     state = parallel.replicate(state)
+    began = time.monotonic()
     with matmul_precision(config), stage.progress(steps, first), contextlib.closing(stream):
         state = distill.fit(
             state,
@@ -137,11 +132,18 @@ def _fit_stage(
             eval_every=section.eval_every,
         )
     trained = jax.device_get(_trained(state))
+    seconds = time.monotonic() - began
     return trained, {
         "steps": steps,
         "val_top1": val(parallel.replicate(trained), None)["top1"],
+        "input_wait": stream.waited / max(seconds, 1e-9),  # of the time of the training loop
         "matmul_precision": config.matmul_precision,
     }
+
+
+def _say(run: Run, metrics: dict[str, Any]) -> None:
+    waited = f", {metrics['input_wait']:.0%} of it waiting for images" if metrics["input_wait"] >= 0.05 else ""
+    run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s{waited}")
 
 
 def _trained(state: distill.TrainState) -> Any:
@@ -149,16 +151,25 @@ def _trained(state: distill.TrainState) -> Any:
 
 
 def pretrain(run: Run) -> dict[str, Any]:
-    """Train a dense ViT from random weights with labels."""
+    """Train a dense ViT with labels, from random weights or from another model's."""
     c, s = run.config, run.config.pretrain
-    dims = _dims_from_config(c.vit)
-    dataset = load_data(run, dims)
-    params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
+    if s.start:
+        given = load_model(s.start)
+        if given.masks is not None or not given.dims.classes:
+            raise UserError(f"config.pretrain.start={s.start} must be a model without masks and with a classifier")
+        dims, params, dataset = given.dims, given.params, load_data(run, given.dims, given.info)
+    else:
+        dims = dims_from_config(c.vit)
+        dataset = load_data(run, dims)
+        params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
     objective = Objective(label_weight=s.label_weight, smoothing=s.smoothing)
     trained, metrics = _fit_stage(run, s, dims, params, dataset, objective, None)
-    info = model_info(dataset, c.vit.preset, {"stage": "pretrain", "seed": c.seed})
+    variant, facts = c.vit.preset, {"stage": "pretrain", "seed": c.seed}
+    if s.start:
+        variant, facts = given.info.get("variant"), facts | {"from": s.start}
+    info = model_info(dataset, variant, facts)
     save_model(run.stage.path / "model", Model(dims, trained, info=info))
-    run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
+    _say(run, metrics)
     return metrics | {"dims": dims.to_json(), "params": count_params(dims), "macs": count_macs(dims)}
 
 
@@ -190,5 +201,5 @@ def finetune(run: Run) -> dict[str, Any]:
         info["sparsity"] = sparsity.PATTERN
         metrics["nonzero_params"] = sparsity.count_nonzero(trained)
     save_model(run.stage.path / "model", Model(pruned.dims, trained, info=info))
-    run.stage.say(f"{metrics['steps']} steps, val top-1 {metrics['val_top1']:.1%}, {run.stage.seconds():.0f} s")
+    _say(run, metrics)
     return metrics | {"dims": pruned.dims.to_json()}
