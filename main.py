@@ -14,8 +14,8 @@ Stages, in order (all of config.stages without --stage):
 
 A finished stage is left alone, a killed one resumes. --force starts one anew (with --stage) and marks the later
 ones stale. Several hosts: the same command on each, with --distributed and a DIR that all of them see; where JAX
-does not find the others by itself (it does on Cloud TPU, SLURM, Open MPI), add --coordinator=HOST:PORT --processes=N
---process_id=I.
+does not find the others by itself (it does on Cloud TPU, SLURM, Open MPI, Kubernetes), add --coordinator=HOST:PORT
+--processes=N --process_id=I, and --local_devices=0,1 for a part of a host's devices.
 """
 
 import pathlib
@@ -47,7 +47,8 @@ def _run(argv: list[str]) -> int:
     import jax
 
     if flags.distributed:
-        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process_id)
+        local = None if flags.local_devices is None else [int(number) for number in flags.local_devices]
+        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process_id, local)
     from nvit_jax.distill import Stopped
     from nvit_jax.stages import run_stages
 

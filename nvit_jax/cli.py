@@ -25,6 +25,7 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     flags.DEFINE_string("coordinator", None, "", flag_values=values)
     flags.DEFINE_integer("processes", None, "", flag_values=values)
     flags.DEFINE_integer("process_id", None, "", flag_values=values)
+    flags.DEFINE_list("local_devices", None, "", flag_values=values)
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is None and "--config" in argv[:-1]:
         path = argv[argv.index("--config") + 1]
@@ -40,8 +41,11 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.seed=1")
     if not values.workdir:
         raise UserError("--workdir is missing")
-    if (values.coordinator, values.processes, values.process_id) != (None, None, None) and not values.distributed:
-        raise UserError("--coordinator, --processes and --process_id go with --distributed")
+    given = (values.coordinator, values.processes, values.process_id, values.local_devices)
+    if any(value is not None for value in given) and not values.distributed:
+        raise UserError("--coordinator, --processes, --process_id and --local_devices go with --distributed")
+    if values.local_devices is not None and not all(number.isdecimal() for number in values.local_devices):
+        raise UserError(f"--local_devices={','.join(values.local_devices)}: give numbers, such as 0,1")
     config = values.config
     known = flatten_config(default_config())
     for key in unset:

@@ -8,6 +8,7 @@ Random draws use keys folded from batch["index"], the place in the global batch,
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,18 @@ def wait_for_all(name: str) -> None:
 def any_process(flag: bool) -> bool:
     """True on every process when it is on one of them."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def check_same(tree: Any, what: str) -> None:
+    """RuntimeError unless host arrays are equal, bit for bit, on all processes; costs one number each."""
+    if jax.process_count() == 1:
+        return
+    digest = 0
+    for leaf in jax.tree.leaves(tree):
+        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
+    digests = multihost_utils.process_allgather(np.uint32(digest))
+    if len(set(digests.tolist())) > 1:
+        raise RuntimeError(f"{what} differ between processes (checksums {digests.tolist()}); this run cannot go on")
 
 
 def main_decides(decide: Callable[[], bool]) -> bool:

@@ -100,6 +100,26 @@ def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):
     assert (workdir / "pretrain" / "state" / steps.pop()).is_dir()
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resumed_on_fewer_devices(workdirs, tmp_path, devices):
+    """Saved on 4 devices, finished on fewer: the run of one process on 4, but for the order of sums (1e-5)."""
+    workdir, more = tmp_path / "W", ("--stage=pretrain", "--config.pretrain.save_every=5")
+    process = start(workdir, 4, *more)
+    while not any((workdir / "pretrain" / "state").glob("[0-9]*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, output
+    process = start(workdir, devices, *more)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "resumes at step" in output, output
+    a, b = (nvit_jax.load_model(place / "pretrain" / "model").params for place in (workdirs[0], workdir))
+    for (path, x), (_, y) in zip(flatten(a), flatten(b), strict=True):
+        if not path.endswith("k/bias"):
+            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
 def test_a_mistake_ends_both(workdirs):
     _, two = workdirs
     for code, output in pair(two, "--stage=pretrain", "--config.pretrain.learning_rate=1"):

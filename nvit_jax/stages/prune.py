@@ -19,7 +19,7 @@ from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks, to_numpy
-from nvit_jax.parallel import Parallel, is_main
+from nvit_jax.parallel import Parallel, check_same, is_main
 from nvit_jax.pipeline import eval_batches, train_stream
 from nvit_jax.reshape import reshape
 from nvit_jax.stages import rules
@@ -258,6 +258,11 @@ def _prune(
             _keep_scores(run, scores, dims, predict)
         return scores
 
+    def agreed_rank(scores: Units, masks: Units, pruning: int) -> ranking.Ranking:
+        found = rank(scores, masks, pruning)
+        check_same((scores, found.masks), f"scores or masks of pruning {pruning + 1}")
+        return found
+
     def train(state: prune.PruneState, until: int) -> distill.TrainState:
         step = steps[int(state.prunings) > 0][0]
         return distill.fit(
@@ -278,7 +283,7 @@ def _prune(
             state,
             dims=dims,
             plan=plan,
-            rank=rank,
+            rank=agreed_rank,
             targets=targets,
             score=score,
             train=train,
