@@ -32,8 +32,34 @@ def main(argv: list[str]) -> int:
     try:
         return _run(argv)
     except (UserError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
+    except RuntimeError as error:
+        if not _several():
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return _failed(f"a process of this run failed or was lost ({first}); the same command on all hosts resumes", 1)
+
+
+def _several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _failed(message: str, code: int) -> int:
+    """Say it and leave. With several processes at once: an orderly end would wait for those that wait for this one."""
+    print(f"error: {message}", file=sys.stderr)
+    if _several():
+        import os
+        import time
+
+        import jax
+
+        if jax.process_index() == 0:
+            time.sleep(3)  # the others' connections hang on this one: let them say what they have to
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(argv: list[str]) -> int:
@@ -48,7 +74,9 @@ def _run(argv: list[str]) -> int:
 
     if flags.distributed:
         local = None if flags.local_devices is None else [int(number) for number in flags.local_devices]
-        jax.distributed.initialize(flags.coordinator, flags.processes, flags.process_id, local)
+        jax.distributed.initialize(
+            flags.coordinator, flags.processes, flags.process_id, local, heartbeat_timeout_seconds=30
+        )
     from nvit_jax.distill import Stopped
     from nvit_jax.stages import run_stages
 

@@ -51,6 +51,14 @@ def pair(workdir: pathlib.Path, *more: str) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
+def wait_for_a_save(workdir: pathlib.Path, processes: list[subprocess.Popen]) -> None:
+    """Until the first state of pretrain is complete."""
+    state = workdir / "pretrain" / "state"
+    while not (state.is_dir() and any(place.name.isdigit() for place in state.iterdir())):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
     """Of one process, and of two."""
@@ -90,9 +98,7 @@ def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):
     workdir = tmp_path / "W"
     more = ("--stage=pretrain", "--config.pretrain.epochs=200", "--config.pretrain.save_every=5")
     processes = launch(workdir, *more)
-    while not any((workdir / "pretrain" / "state").glob("[0-9]*")):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
+    wait_for_a_save(workdir, processes)
     processes[1].terminate()
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     steps = {output.split("stopped at step ")[1].split(";")[0] for output in outputs}
@@ -100,14 +106,31 @@ def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):
     assert (workdir / "pretrain" / "state" / steps.pop()).is_dir()
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_lost_process_ends_the_other_and_the_run_resumes(tmp_path, killed):
+    """Within a minute; where the coordinator is lost (process 0), it is JAX that says so."""
+    workdir = tmp_path / "W"
+    more = ("--stage=pretrain", "--config.pretrain.epochs=4", "--config.pretrain.save_every=5")
+    processes = launch(workdir, *more)
+    wait_for_a_save(workdir, processes)
+    processes[killed].kill()
+    began = time.monotonic()
+    output = processes[1 - killed].communicate(timeout=120)[0]
+    processes[killed].communicate()
+    assert time.monotonic() - began < 60 and processes[1 - killed].returncode not in (0, None)
+    if killed == 1:
+        # Orbax may log a traceback of its own, when it was saving.
+        assert output.splitlines()[-1].startswith("error: a process of this run failed or was lost"), output
+    (code, output), (other, _) = pair(workdir, *more)
+    assert (code, other) == (0, 0) and "resumes at step" in output, output
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_resumed_on_fewer_devices(workdirs, tmp_path, devices):
     """Saved on 4 devices, finished on fewer: the run of one process on 4, but for the order of sums (1e-5)."""
     workdir, more = tmp_path / "W", ("--stage=pretrain", "--config.pretrain.save_every=5")
     process = start(workdir, 4, *more)
-    while not any((workdir / "pretrain" / "state").glob("[0-9]*")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+    wait_for_a_save(workdir, [process])
     process.terminate()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 143, output

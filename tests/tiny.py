@@ -13,6 +13,7 @@ def get_config():
     c.latency.update(batch=32, models=3, repeats=3)
     c.latency.widths.update(embed=2, heads=2, qk=2, v=2, mlp=3)
     c.prune.update(steps=3, interval=6, learning_rate=1e-3, kl_weight=10.0, log_every=4, save_every=5, ema=0.5)
+    c.prune.criterion = "hvp"
     c.prune.score.update(batch=64, probes=1)
     c.prune.floors.update(embed=4, qk=2, v=2, mlp=4)
     c.prune.target.macs_ratio = 0.7

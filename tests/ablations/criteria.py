@@ -64,7 +64,7 @@ def main() -> None:
                 rows.setdefault(f"{criterion} {rule}", []).append(
                     cell(base, place, criterion, rule, [*seeded, *shared])
                 )
-    print(f"\n{options.seeds} seeds, {' '.join(options.target)}, dense {np.mean(dense):.2f} ± {np.std(dense):.2f} %\n")
+    print(f"\n{options.seeds} seeds, {' '.join(options.target)}, dense {np.mean(dense):.2f} ± {np.std(dense, ddof=len(dense) > 1):.2f} %\n")
     print(f"| criterion and rule | {' | '.join(MEASURES)} |\n|---|{'---|' * len(MEASURES)}")
     for name, values in rows.items():
         mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(MEASURES))

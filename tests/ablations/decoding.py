@@ -1,0 +1,112 @@
+"""What reading a training image costs on one core, step by step: images a second, and how far pixels are from Pillow's.
+
+    python -m tests.ablations.decoding --images DIR [--count 300] [--short 375]
+
+DIR/class/image.JPEG are resized to the short side of ImageNet's usual image (375) and encoded again (quality 90), in
+memory. Each way reads all of them in turns, five rounds, and the fastest round of process time counts. `opencv` and
+`simplejpeg` are tried where they are installed; their views are cut from the same boxes.
+"""
+
+import argparse
+import importlib.util
+import io
+import pathlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from nvit_jax.augment import RandAugment, TrainCrop, crop_box
+from nvit_jax.images import CenterCrop
+
+SIZE, FILL, SCALE, RATIO = 224, (124, 116, 104), (0.08, 1.0), (3 / 4, 4 / 3)
+Way = Callable[[bytes, np.random.Generator], np.ndarray]
+
+
+def plain(content: bytes, rng: np.random.Generator) -> np.ndarray:
+    """PIL.Image.open and a random resized crop, nothing else."""
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    box = crop_box(image.size, rng, SCALE, RATIO)
+    return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def bilinear(content: bytes, rng: np.random.Generator) -> np.ndarray:
+    """The same, bilinear."""
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    box = crop_box(image.size, rng, SCALE, RATIO)
+    return np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+def others() -> dict[str, Way]:
+    """Ways by packages that are not among the project's."""
+    found: dict[str, Way] = {}
+    if importlib.util.find_spec("cv2") is None:
+        return found
+    import cv2
+
+    cv2.setNumThreads(1)
+
+    def cut(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        left, top, right, bottom = crop_box((image.shape[1], image.shape[0]), rng, SCALE, RATIO)
+        smaller = min(right - left, bottom - top) > SIZE
+        how = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
+        return cv2.resize(image[top:bottom, left:right], (SIZE, SIZE), interpolation=how)
+
+    def opencv(content: bytes, rng: np.random.Generator) -> np.ndarray:
+        return cut(cv2.cvtColor(cv2.imdecode(np.frombuffer(content, np.uint8), 1), cv2.COLOR_BGR2RGB), rng)
+
+    found["opencv, area or cubic"] = opencv
+    if importlib.util.find_spec("simplejpeg") is not None:
+        import simplejpeg
+
+        found["simplejpeg + opencv"] = lambda content, rng: cut(simplejpeg.decode_jpeg(content), rng)
+        found["simplejpeg, fast DCT + opencv"] = lambda content, rng: cut(
+            simplejpeg.decode_jpeg(content, fastdct=True, fastupsample=True), rng
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=pathlib.Path, required=True)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--short", type=int, default=375)
+    options = parser.parse_args()
+    contents = []
+    for file in sorted(options.images.rglob("*.JPEG"))[: options.count]:
+        image = Image.open(file).convert("RGB")
+        factor = options.short / min(image.size)
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        contents.append(buffer.getvalue())
+    ways: dict[str, Way] = {
+        "Pillow: open, crop, bicubic": plain,
+        "Pillow, bilinear": bilinear,
+        "ours, fast_decode=False": TrainCrop(SIZE, 3, FILL, flip=0.0, fast=False),
+        "ours": TrainCrop(SIZE, 3, FILL, flip=0.0),
+        "ours + flip + RandAugment": TrainCrop(SIZE, 3, FILL, rand_augment=RandAugment()),
+        "evaluation (256, 224)": CenterCrop(256, SIZE, "bicubic", 3),
+        **others(),
+    }
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(5):
+        for name, way in ways.items():
+            start = time.process_time()
+            for i, content in enumerate(contents):
+                way(content, np.random.default_rng(i))
+            best[name] = min(best[name], time.process_time() - start)
+    views = {name: [way(c, np.random.default_rng(i)) for i, c in enumerate(contents)] for name, way in ways.items()}
+    first = next(iter(ways))
+    kilobytes = np.mean([len(c) for c in contents]) / 1024
+    print(f"{len(contents)} JPEGs, short side {options.short}, {kilobytes:.0f} KiB on average\n")
+    print("| way | images/s and core | to plain Pillow | mean pixel difference |\n|---|---|---|---|")
+    for name, seconds in best.items():
+        difference = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(views[name], views[first], strict=True)])
+        shown = "" if "RandAugment" in name or "evaluation" in name else f"{difference:.2f}"
+        print(f"| {name} | {len(contents) / seconds:.0f} | {best[first] / seconds:.2f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()
