@@ -152,21 +152,28 @@ def _checksum(tree: Any) -> int:
 
 
 class StateSaver:
-    """Train states of one stage under `directory`, the newest two kept, each with a checksum."""
+    """Train states of one stage under `directory`, the newest two kept, each with a checksum.
+
+    A single process writes beside the training; several write together before they go on, since Orbax's barriers would
+    mix with the training's.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with saving(directory):
             directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=2, enable_async_checkpointing=jax.process_count() == 1, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "meta"))
+        self._pending: Path | None = None
 
     def save(self, step: int, state: Any) -> None:
-        """UserError when there is no space; older states stay."""
+        """Begin to save. UserError when this state or the one before could not be written; older states stay."""
+        self.wait()
         host = jax.tree.map(np.asarray, jax.device_get(state))
-        with saving(self.directory / str(step)):
+        self._pending = self.directory / str(step)
+        with saving(self._pending):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -174,12 +181,20 @@ class StateSaver:
                 ),
             )
 
+    def wait(self) -> None:
+        """Until what was last saved is there. UserError when it could not be written."""
+        if self._pending is not None:
+            place, self._pending = self._pending, None
+            with saving(place):
+                self._manager.wait_until_finished()
+
     def restore(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
         """(step, state) of the newest undamaged state with the structure of `like`, None when there is none.
 
         A damaged one is named through `say` and put aside, so that its step can be saved again. UserError when all
         are damaged, or one may not be read.
         """
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
         aside = self.directory.with_name(f"{self.directory.name}.damaged")
         for step in steps:
@@ -214,7 +229,12 @@ class StateSaver:
                 raise ValueError(f"an array has shape {new.shape}, expected {old.shape}")
         if _checksum(found.state) != found.meta["checksum"]:
             raise ValueError("checksum mismatch")
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(found.state) if np.issubdtype(x.dtype, np.floating)):
+            raise ValueError("a number is not finite")
         return found.state
 
     def close(self) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()

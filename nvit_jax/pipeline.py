@@ -72,7 +72,16 @@ class Stream:
             self._batches = self._start(step)
         self._next = step + 1
         began = time.monotonic()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:  # Grain's, when a worker process was killed: the same examples are read again
+            if not self._split.loading.workers:
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.report(f"reading starts again at batch {step}: {reason}")
+            self.close()
+            self._batches = self._start(step)
+            batch = next(self._batches)
         self.waited += time.monotonic() - began
         for number in batch["bad"][batch["bad"] >= 0].tolist():
             self._note(number)

@@ -32,11 +32,11 @@ from nvit_jax import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 saver = checkpoint.StateSaver(pathlib.Path({str(tmp_path / "state")!r}))
-for where in (lambda: saver.save(2, {{"x": np.random.rand(10000)}}), ):
-    try:
-        where()
-    except Exception as error:
-        print(type(error).__name__, error)
+try:
+    saver.save(2, {{"x": np.random.rand(10000)}})
+    saver.wait()
+except Exception as error:
+    print(type(error).__name__, error)
 try:
     with checkpoint.new_directory(pathlib.Path({str(path)!r})) as beside:
         checkpoint.save_arrays(beside / "params", {{"x": np.random.rand(10000)}})
@@ -55,14 +55,23 @@ except Exception as error:
     assert step == 1 and state["x"].tolist() == [0, 1, 2]
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(tmp_path):
+@pytest.mark.parametrize("how", ["flipped", "truncated", "deleted", "not finite"])
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, how):
     saver = checkpoint.StateSaver(tmp_path)
     for step in (3, 5):
-        saver.save(step, {"x": np.full(5000, float(step)), "n": np.int32(step)})
+        value = np.nan if how == "not finite" and step == 5 else float(step)
+        saver.save(step, {"x": np.full(5000, value), "n": np.int32(step)})
+    saver.wait()
     biggest = max((f for f in (tmp_path / "5").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     content = bytearray(biggest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    biggest.write_bytes(content)
+    if how == "flipped":
+        content[len(content) // 2] ^= 0xFF
+        biggest.write_bytes(content)
+    elif how == "truncated":
+        biggest.write_bytes(content[: len(content) // 2])
+    elif how == "deleted":
+        for file in (tmp_path / "5" / "state").rglob("d/*"):  # one file alone may be there twice
+            file.unlink()
     said = []
     step, state = saver.restore({"x": np.zeros(5000), "n": np.int32(0)}, said.append)
     assert step == 3 and state["n"] == 3 and "is damaged" in said[0]

@@ -1,5 +1,6 @@
 """Batches by position: any number of workers and processes, repeated views, broken files, tensorflow-datasets."""
 
+import multiprocessing
 import pathlib
 
 import jax
@@ -70,6 +71,19 @@ def test_the_same_batches_for_any_number_of_workers_threads_and_starts(root):
     seen = np.concatenate([b["image"] for b in expected[:2]])
     assert len(np.unique(seen.reshape(32, -1), axis=0)) == 32
     assert not np.array_equal(expected[0]["image"], expected[2]["image"])  # another epoch, other views
+
+
+def test_a_killed_worker_is_replaced(root):
+    expected = take(load(root).split("train"), range(30))
+    stream, told, found = train_stream(load(root, workers=2).split("train"), 16, (7, 0)), [], []
+    stream.report = told.append
+    for step in range(30):
+        found.append(stream(step))
+        if step == 3:
+            multiprocessing.active_children()[0].kill()
+    stream.close()
+    same(found, expected)
+    assert len(told) == 1 and told[0].startswith("reading starts again at batch")
 
 
 def test_every_epoch_is_a_permutation():

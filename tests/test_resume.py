@@ -65,9 +65,9 @@ def assert_same_run(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
 
 
 def wait_for_a_state(process: subprocess.Popen, directory: pathlib.Path) -> bool:
-    """Until the stage has saved something; False when the process ended first."""
+    """Until the stage has saved something, completely; False when the process ended first."""
     while process.poll() is None:
-        if any(directory.glob("[0-9]*")):
+        if directory.is_dir() and any(place.name.isdigit() for place in directory.iterdir()):
             return True
         time.sleep(0.005)
     return False

@@ -64,11 +64,12 @@ def main() -> None:
                 rows.setdefault(f"{criterion} {rule}", []).append(
                     cell(base, place, criterion, rule, [*seeded, *shared])
                 )
-    print(f"\n{options.seeds} seeds, {' '.join(options.target)}, dense {np.mean(dense):.2f} ± {np.std(dense, ddof=len(dense) > 1):.2f} %\n")
+    spread = np.std(dense, ddof=1) if len(dense) > 1 else 0.0
+    print(f"\n{options.seeds} seeds, {' '.join(options.target)}, dense {np.mean(dense):.2f} ± {spread:.2f} %\n")
     print(f"| criterion and rule | {' | '.join(MEASURES)} |\n|---|{'---|' * len(MEASURES)}")
     for name, values in rows.items():
-        mean, spread = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(MEASURES))
-        accuracies = [f"{mean[i]:.2f} ± {spread[i]:.2f} %" for i in (0, 1)]
+        mean, apart = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.zeros(len(MEASURES))
+        accuracies = [f"{mean[i]:.2f} ± {apart[i]:.2f} %" for i in (0, 1)]
         print(f"| {name} | {' | '.join([*accuracies, *(f'{m:.3f}' for m in mean[2:6]), f'{mean[6]:.0f}'])} |")
 
 
