@@ -14,6 +14,7 @@ from ml_collections.config_dict import placeholder
 from nvit_jax.errors import UserError
 
 CRITERIA = ("hvp", "obd", "fisher", "taylor", "hvp_joint", "magnitude", "random")
+BACKENDS = ("jit", "pmap", "fsdp")
 MODES = ("one_shot", "gradual", "iterative")
 PROFILES = ("nvit", "cpu", "gpu", "tpu")
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
@@ -29,7 +30,7 @@ def default_config() -> ConfigDict:
     c.seed = 0
     c.stages = ("pretrain", "latency", "prune", "finetune", "eval", "report")  # what runs without --stage
     c.model = placeholder(str)  # a model directory to prune instead of the pretrain stage's
-    c.parallel = "jit"  # or "pmap", see nvit_jax/parallel.py
+    c.parallel = "jit"  # or "pmap", "fsdp", see nvit_jax/parallel.py
     c.dtype = "float32"  # of compute in training and evaluation: "float32" or "bfloat16"; saliency is float32
     c.matmul_precision = placeholder(str)  # training: None is the device's default, else "float32", ...
 
@@ -209,7 +210,7 @@ def check_config(c: ConfigDict) -> None:
     for stage in c.stages:
         need(stage in STAGES, "stages", tuple(c.stages), f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
     need(c.dtype in ("float32", "bfloat16"), "dtype", c.dtype, 'must be "float32" or "bfloat16"')
-    need(c.parallel in ("jit", "pmap"), "parallel", c.parallel, 'must be "jit" or "pmap"')
+    need(c.parallel in BACKENDS, "parallel", c.parallel, f"must be one of {', '.join(BACKENDS)}")
     need(c.eval.split in ("train", "val", "test"), "eval.split", c.eval.split, "must be train, val or test")
     for section in ("pretrain", "prune", "finetune"):
         for key in ("batch", "log_every", "save_every"):

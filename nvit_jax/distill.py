@@ -160,11 +160,13 @@ def fit(
     save_offset: int = 0,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     eval_every: int = 0,
+    learning_rate: Callable[[int], Any] | None = None,
 ) -> TrainState:
     """Steps from state.step to `until`. What is saved is `pack(state)`, under the number step + save_offset.
 
-    Logged values are those of the logged step alone, so that a resumed run writes the same lines. A loss that is not
-    finite raises UserError with its step before anything is logged or saved after it.
+    `learning_rate` tells the rate of a step, for the log. Logged values are those of the logged step alone, so that a
+    resumed run writes the same lines. A loss that is not finite raises UserError with its step before anything is
+    logged or saved after it.
     """
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     for step in range(int(state.step) + 1, until + 1):
@@ -177,6 +179,8 @@ def fit(
             pending.clear()
         if logs:
             values = {name: float(value) for name, value in metrics.items()}
+            if learning_rate is not None:
+                values["learning_rate"] = float(learning_rate(step - 1))
             if evaluate is not None and eval_every and (step % eval_every == 0 or step == until):
                 values |= {f"val_{name}": value for name, value in evaluate(state).items()}
             monitor.log(step, values)

@@ -1,13 +1,16 @@
-"""Data parallelism over all devices of all processes: one step function, two backends with the same numbers.
+"""Data parallelism over all devices of all processes: one step function, three backends with the same numbers.
 
-A step is written once as `step(state, batch, mean) -> (state, metrics)`; the state is replicated, the batch sharded.
+A step is written once as `step(state, batch, mean) -> (state, metrics)`; the state is placed, the batch sharded.
   "jit":  NamedSharding on a 1-D mesh named "data". Losses are means over the global batch and XLA puts in the
           all-reduce; `mean` is the identity. The default, and what several hosts use.
   "pmap": the same step for each device's shard; `mean` is one explicit pmean over the axis "data". One host.
+  "fsdp": as "jit", with parameters, moments and averages spread over the devices, too (ZeRO 3): XLA gathers a weight
+          where it is used and scatters its gradient. For models whose training state does not fit on a device.
 Random draws use keys folded from batch["index"], the place in the global batch, so that both draw the same.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvit_jax.errors import UserError
 
 AXIS = "data"
+_SMALL = 2**14  # numbers; smaller arrays stay whole on every device
 
 
 def is_main() -> bool:
@@ -36,6 +40,17 @@ def wait_for_all(name: str) -> None:
 def any_process(flag: bool) -> bool:
     """True on every process when it is on one of them."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def fetch(tree: Any) -> Any:
+    """Host arrays of state on the devices, whole, on every process."""
+
+    def one(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
 
 
 def check_same(tree: Any, what: str) -> None:
@@ -83,10 +98,10 @@ class Parallel:
 
     @classmethod
     def create(cls, backend: str = "jit", devices: tuple[jax.Device, ...] | None = None) -> "Parallel":
-        if backend not in ("jit", "pmap"):
-            raise UserError(f'config.parallel={backend!r} is not "jit" or "pmap"')
+        if backend not in ("jit", "pmap", "fsdp"):
+            raise UserError(f"config.parallel={backend!r} is not one of jit, pmap, fsdp")
         if backend == "pmap" and jax.process_count() > 1:
-            raise UserError('config.parallel="pmap" runs on one host; use "jit" on several')
+            raise UserError('config.parallel="pmap" runs on one host; use "jit" or "fsdp" on several')
         return cls(backend, tuple(jax.devices()) if devices is None else devices)
 
     def check_batch(self, size: int, name: str) -> None:
@@ -110,15 +125,27 @@ class Parallel:
         sharding = self._sharding(PartitionSpec(AXIS))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
-    def replicate(self, tree: Any) -> Any:
-        """Host values, the same on every process -> every device."""
+    def _kept(self, shape: tuple[int, ...]) -> NamedSharding:
+        """How an array of the state lies on the devices: whole on each, or its largest divisible axis spread."""
+        n = len(self.devices)
+        axes = [axis for axis, size in enumerate(shape) if size % n == 0]
+        if self.backend != "fsdp" or not axes or math.prod(shape) < _SMALL:
+            return self._sharding(PartitionSpec())
+        spec: list[str | None] = [None] * len(shape)
+        spec[max(axes, key=lambda axis: shape[axis])] = AXIS
+        return self._sharding(PartitionSpec(*spec))
+
+    def place(self, tree: Any) -> Any:
+        """State from host values, the same on every process -> the devices."""
         if self.backend == "pmap":
             return tree
-        sharding = self._sharding(PartitionSpec())
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+        return jax.tree.map(lambda x: jax.device_put(x, self._kept(np.shape(x))), tree)
 
-    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile `step(state, batch, mean=...)`; everything that it returns is replicated."""
+    def compile(self, step: Callable[..., Any], *, trains: bool = False) -> Callable[..., Any]:
+        """Compile `step(state, batch, mean=...)`. What it returns is whole on every device, but for a new state.
+
+        `trains`: it returns a state, which lies as `place` has put it.
+        """
         if self.backend == "pmap":
             return jax.pmap(
                 lambda state, batch: step(state, batch, mean=_pmean),
@@ -128,6 +155,14 @@ class Parallel:
                 devices=list(self.devices),
             )
         whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
-        return jax.jit(
-            lambda state, batch: step(state, batch, mean=_same), in_shardings=(whole, parts), out_shardings=whole
-        )
+        if self.backend == "jit":
+            return jax.jit(
+                lambda state, batch: step(state, batch, mean=_same), in_shardings=(whole, parts), out_shardings=whole
+            )
+
+        def spread(state: Any, batch: Any) -> Any:
+            lies = self._kept if trains else lambda shape: whole
+            found = step(state, batch, mean=_same)
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, lies(x.shape)), found)
+
+        return jax.jit(spread)

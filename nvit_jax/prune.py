@@ -23,6 +23,7 @@ from nvit_jax.groups import Params
 from nvit_jax.losses import Batch, Objective, draw_labels, objective_loss
 from nvit_jax.masks import kept_dims, normalize
 from nvit_jax.optim import zero_removed
+from nvit_jax.parallel import fetch
 from nvit_jax.ranking import Ranking, Target
 from nvit_jax.saliency import check_finite
 
@@ -165,7 +166,7 @@ def prune_loop(
         else:  # NViT multiplies the average by 0 once, after the first pruning; the new part keeps its weight
             momentum = 0.0 if plan.reset_scores and pruning == 1 else plan.ema
             scores = Units(*(momentum * a + (1 - plan.ema) * b for a, b in zip(state.scores, fresh, strict=True)))
-        before = Units(*(np.asarray(m) for m in state.train.masks))  # type: ignore[union-attr]
+        before = fetch(state.train.masks)
         ranking = rank(scores, before, pruning)
         met = all(t.holds(ranking.dims) for t in targets)
         if not met and ranking.exhausted:

@@ -289,12 +289,22 @@ def _plot_sensitivity(plt: Any, scores: Mapping[str, np.ndarray], unit: str) -> 
 
 
 def _plot_losses(plt: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 2.8), squeeze=False)
-    for axis, (name, lines) in zip(axes[0], curves.items(), strict=True):
-        axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=_THIRD)
+    figure, axes = plt.subplots(
+        2, len(curves), figsize=(4 * len(curves), 4.2), squeeze=False, height_ratios=(2.8, 1.4), sharex="col"
+    )
+    for axis, below, (name, lines) in zip(*axes, curves.items(), strict=True):
+        steps = [line["step"] for line in lines]
+        axis.plot(steps, [line["loss"] for line in lines], color=_THIRD)
         axis.set_yscale("log")
+        if "learning_rate" in lines[0]:
+            below.plot(steps, [line["learning_rate"] for line in lines], color=_DENSE)
+        else:
+            below.text(0.5, 0.5, "constant", ha="center", transform=below.transAxes)
+            below.set_yticks([])
+        below.set_ylabel("learning rate")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("step")
         axis.set_title(f"{name}: training loss")
-        axis.set_xlabel("step")
         checked = [line for line in lines if "val_top1" in line]
         if checked:
             twin = axis.twinx()

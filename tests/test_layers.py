@@ -24,6 +24,14 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names.split()}
 
 
+def test_no_logic_reads_the_wall_clock():
+    """Clocks jump: durations come from the monotonic clock, and nothing is decided by a date."""
+    for name, tree in modules():
+        assert not {"time.time", "datetime", "datetime.datetime"} & set(imports(tree)), name
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert not {"time.time", "time.time_ns", "datetime.now"} & set(calls), name
+
+
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

@@ -32,7 +32,7 @@ import main
         (["--config.pretrain.batch=0"], "config.pretrain.batch=0"),
         (["--config.pretrain.batch=6"], "does not divide over 4 devices"),
         (["--config.pretrain.batch=4096"], "larger than the split"),
-        (["--config.parallel=fsdp"], "config.parallel='fsdp'"),
+        (["--config.parallel=ddp"], "config.parallel='ddp'"),
         (["--config.model=/nowhere/model"], "it does not exist"),
         (["--config.latency.table=/nowhere/t.json"], "is missing"),
         (["surplus"], "unexpected argument"),

@@ -103,12 +103,12 @@ def test_one_step_on_any_number_of_devices():
     given = {"image": raw, "label": np.arange(8, dtype=np.int32), "index": np.arange(8, dtype=np.int32)}
     mixing = Mixing(mixup=0.8, cutmix=1.0, erasing=0.5, shards=4)
     found = []
-    for backend, devices in (("jit", 1), ("jit", 4), ("pmap", 4)):
+    for backend, devices in (("jit", 1), ("jit", 4), ("pmap", 4), ("fsdp", 4)):
         p = Parallel.create(backend, tuple(jax.devices()[:devices]))
         step = distill.make_train_step(dims, optimizer, Objective(smoothing=0.1), drop_path=0.1)
         seen = 4 // devices if backend == "pmap" else None
-        compiled = p.compile(prepare(lambda x: x.astype(np.float32) / 8 - 1, step, mixing, seen))
-        state = p.replicate(distill.new_state(params, optimizer, 0))
+        compiled = p.compile(prepare(lambda x: x.astype(np.float32) / 8 - 1, step, mixing, seen), trains=True)
+        state = p.place(distill.new_state(params, optimizer, 0))
         losses = []
         for _ in range(3):
             state, metrics = compiled(distill.Inputs(state, None), p.shard(given))
@@ -116,5 +116,6 @@ def test_one_step_on_any_number_of_devices():
         found.append(losses)
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)  # float32 sums in another order
     np.testing.assert_allclose(found[2], found[0], rtol=1e-5)
+    np.testing.assert_allclose(found[3], found[0], rtol=1e-5)
     assert len(set(found[0])) == 3
     assert models.forward(dims, params, raw.astype(np.float32)).shape == (8, 1, 10)

@@ -106,6 +106,20 @@ def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):
     assert (workdir / "pretrain" / "state" / steps.pop()).is_dir()
 
 
+def test_a_spread_training_state(tmp_path):
+    """fsdp on two processes, saved and all, against jit on one: an mlp that is wide enough to be spread."""
+    more = ("--stage=pretrain", "--config.vit.mlp=1024")
+    process = start(tmp_path / "one", 1, *more)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    for code, output in pair(tmp_path / "two", *more, "--config.parallel=fsdp"):
+        assert code == 0, output
+    a, b = (nvit_jax.load_model(tmp_path / name / "pretrain" / "model").params for name in ("one", "two"))
+    for (path, x), (_, y) in zip(flatten(a), flatten(b), strict=True):
+        if not path.endswith("k/bias"):
+            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_ends_the_other_and_the_run_resumes(tmp_path, killed):
     """Within a minute; where the coordinator is lost (process 0), it is JAX that says so."""

@@ -117,8 +117,8 @@ BACKENDS = {"jit 1": ("jit", 1), "jit 4": ("jit", 4), "pmap 4": ("pmap", 4)}
 def train(backend, optimizer, params, count, **options):
     parallel = Parallel.create(BACKENDS[backend][0], tuple(jax.devices()[: BACKENDS[backend][1]]))
     step = parallel.compile(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS, **options))
-    state = parallel.replicate(distill.new_state(params, optimizer, 5, ema=bool(options)))
-    teacher = parallel.replicate(random_params(DIMS, 1, np.float32))
+    state = parallel.place(distill.new_state(params, optimizer, 5, ema=bool(options)))
+    teacher = parallel.place(random_params(DIMS, 1, np.float32))
     for batch in batches(count):
         state, _ = step(distill.Inputs(state, teacher), parallel.shard(batch))
     return jax.device_get(state)

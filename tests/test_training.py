@@ -126,7 +126,7 @@ def test_pruning_steps_do_not_recompile():
         masks.mlp[:, pruning] = 0
         state = distill.new_state(params, optimizer, pruning, masks=jax.tree.map(jnp.asarray, masks))
         index = np.arange(3, dtype=np.int32) + 3 * pruning
-        scores = step(distill.Inputs(parallel.replicate(state), params), parallel.shard(batch | {"index": index}))
+        scores = step(distill.Inputs(parallel.place(state), params), parallel.shard(batch | {"index": index}))
         assert (np.asarray(scores.mlp)[:, : pruning + 1] == 0).all()
     assert len(traces) == 1
 

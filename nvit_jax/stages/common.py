@@ -151,7 +151,7 @@ class Augmentation:
         """A training step, for raw images."""
         p = self.parallel
         seen = self.mixing.shards // len(p.devices) if p.backend == "pmap" else None
-        return p.compile(prepare(self.pre, step, self.mixing, seen))
+        return p.compile(prepare(self.pre, step, self.mixing, seen), trains=True)
 
     def compile_plain(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A step on images as evaluated, for raw images."""

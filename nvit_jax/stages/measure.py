@@ -105,7 +105,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
                 advance=functools.partial(advance, number * images),
                 report=run.stage.say,
             )
-            known[name] = {"id": ids[name]} | score(parallel.replicate(found[name].params), None)
+            known[name] = {"id": ids[name]} | score(parallel.place(found[name].params), None)
             write_json(known_path, known)
     times = timing.measure(
         [m.dims for m in found.values()], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats

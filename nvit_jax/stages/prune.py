@@ -19,7 +19,7 @@ from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks, to_numpy
-from nvit_jax.parallel import Parallel, check_same, is_main
+from nvit_jax.parallel import Parallel, check_same, fetch, is_main
 from nvit_jax.pipeline import eval_batches, train_stream
 from nvit_jax.reshape import reshape
 from nvit_jax.stages import rules
@@ -110,7 +110,7 @@ def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Datas
 def _cut(state: distill.TrainState, dims: ViTDims) -> tuple[Model, Model]:
     """The masked model and the compact one, on the host."""
     assert state.masks is not None
-    masks, params = to_numpy(state.masks), jax.device_get(state.params)
+    masks, params = to_numpy(fetch(state.masks)), fetch(state.params)
     return Model(dims, params, masks), Model(*reshape(params, masks, dims))
 
 
@@ -224,7 +224,7 @@ def _prune(
     score_stream.report = stage.say
     stack.callback(score_stream.close)
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
-    hard_params = None if teacher_model is None else parallel.replicate(teacher_model.params)
+    hard_params = None if teacher_model is None else parallel.place(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
     later = _phase(c, dims, optimizer, augment, teacher_model, first=False)
     steps = [_phase(c, dims, optimizer, augment, teacher_model, first=True) if p.plain_first else later, later]
@@ -237,7 +237,7 @@ def _prune(
     first, prunings = int(state.train.step), int(state.prunings)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
-    teacher = parallel.replicate(dense.params)
+    teacher = parallel.place(dense.params)
     val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.say)
     batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
 
@@ -266,7 +266,7 @@ def _prune(
     def train(state: prune.PruneState, until: int) -> distill.TrainState:
         step = steps[int(state.prunings) > 0][0]
         return distill.fit(
-            parallel.replicate(state.train),
+            parallel.place(state.train),
             lambda s, batch: step(distill.Inputs(s, teacher, hard_params), parallel.shard(batch)),
             stream,
             until,
@@ -288,7 +288,7 @@ def _prune(
             score=score,
             train=train,
             monitor=stage,
-            evaluate=lambda s: val(parallel.replicate(s.params), parallel.replicate(s.masks)),
+            evaluate=lambda s: val(parallel.place(s.params), parallel.place(s.masks)),
             predict_ms=predict,
             record=stage.history,
             pruned=_save_snapshots(run, dense, _info(run, dense, dataset), predict) if predict else _no_snapshot,

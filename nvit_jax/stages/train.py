@@ -16,7 +16,7 @@ from nvit_jax.dims import ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Objective
-from nvit_jax.parallel import Parallel
+from nvit_jax.parallel import Parallel, fetch
 from nvit_jax.stages.common import (
     Run,
     augmentation,
@@ -59,13 +59,14 @@ def _fit_stage(
     per_epoch = len(split) // section.batch
     steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
     rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
+    schedule = optim.schedule(rate, steps, warmup, section.final_learning_rate)
     adamw = optim.adamw(
-        optim.schedule(rate, steps, warmup, section.final_learning_rate),
+        schedule,
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
     )
-    teacher_params = None if teacher is None else parallel.replicate(teacher.params)
-    hard_params = None if hard_teacher is None else parallel.replicate(hard_teacher.params)
+    teacher_params = None if teacher is None else parallel.place(teacher.params)
+    hard_params = None if hard_teacher is None else parallel.place(hard_teacher.params)
     hard_logits = functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None
 
     def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
@@ -86,7 +87,7 @@ def _fit_stage(
 
     def squared_gradients() -> Params:
         optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, per_epoch)
-        state = parallel.replicate(distill.new_state(params, optimizer, config.seed))
+        state = parallel.place(distill.new_state(params, optimizer, config.seed))
         step = compiled(optimizer)
         with (
             matmul_precision(config),
@@ -94,7 +95,7 @@ def _fit_stage(
         ):
             for number in range(batches):
                 state, _ = step(state, batch(number))
-        return jax.tree.map(lambda s: s / batches, jax.device_get(state.opt_state))
+        return jax.tree.map(lambda s: s / batches, fetch(state.opt_state))
 
     def begin(masks: Params | None) -> tuple[optax.GradientTransformation, distill.TrainState]:
         optimizer, start = adamw, params
@@ -113,11 +114,11 @@ def _fit_stage(
             optimizer, state = begin(sparsity.find_masks(params, squared_gradients()))
         stage.say(
             f"{sparsity.PATTERN} by {sparse}: {sparsity.count_nonzero(state.params):,} of {count_params(dims):,} "
-            f"parameters stay, val top-1 {val(parallel.replicate(state.params), None)['top1']:.1%} before training"
+            f"parameters stay, val top-1 {val(parallel.place(state.params), None)['top1']:.1%} before training"
         )
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
-    state = parallel.replicate(state)
+    state = parallel.place(state)
     began = time.monotonic()
     with matmul_precision(config), stage.progress(steps, first), contextlib.closing(stream):
         state = distill.fit(
@@ -130,12 +131,13 @@ def _fit_stage(
             save_every=section.save_every,
             evaluate=lambda s: val(_trained(s), None),
             eval_every=section.eval_every,
+            learning_rate=schedule,
         )
-    trained = jax.device_get(_trained(state))
+    trained = fetch(_trained(state))
     seconds = time.monotonic() - began
     return trained, {
         "steps": steps,
-        "val_top1": val(parallel.replicate(trained), None)["top1"],
+        "val_top1": val(parallel.place(trained), None)["top1"],
         "input_wait": stream.waited / max(seconds, 1e-9),  # of the time of the training loop
         "matmul_precision": config.matmul_precision,
     }

@@ -1,0 +1,70 @@
+"""What a long run meets: kills at many random moments, a full disk, a second Ctrl-C. `pytest -m fault`, minutes."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_resume import ARGUMENTS, assert_same_run, finish, start, undisturbed, wait_for_a_state  # noqa: F401
+
+pytestmark = pytest.mark.fault
+KILLS = 20
+
+
+def test_sigkill_at_many_random_moments(undisturbed, tmp_path):  # noqa: F811
+    """All over pretrain, prune and finetune, between and inside of saves. As many runs as the kills need."""
+    draw, kills, runs, stages = random.Random(1), 0, 0, set()
+    while kills < KILLS:
+        workdir, done = tmp_path / str(runs), False
+        while not done and kills < KILLS:
+            process = start(workdir)
+            time.sleep(draw.uniform(5, 14))  # the first seconds are imports
+            done = process.poll() is not None
+            if not done:
+                kills += 1
+                stages |= {path.name for path in workdir.glob("*") if (path / "state").is_dir()}
+            process.kill()
+            process.communicate()
+        finish(workdir)
+        assert_same_run(workdir, undisturbed)
+        runs += 1
+    print(f"{kills} kills in {runs} runs, in {', '.join(sorted(stages))}: all ended as the undisturbed run")
+    assert stages == {"pretrain", "prune", "finetune"}
+
+
+def test_a_full_disk_and_then_space_again(undisturbed, tmp_path):  # noqa: F811
+    """A process that may write files of 40 KB at most stands for a full disk: one line, and the rest resumes."""
+    workdir = tmp_path / "W"
+    process = start(workdir)
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    process.kill()
+    process.communicate()
+    command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir)]
+    limit = (40_000, 40_000)
+    full = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert full.returncode == 2, full
+    assert "could not write" in full.stderr.splitlines()[-1] and "Traceback" not in full.stderr, full.stderr
+    assert "resumes at step" in finish(workdir)
+    assert_same_run(workdir, undisturbed)
+
+
+def test_the_second_interrupt_forces(tmp_path):
+    workdir = tmp_path / "W"
+    process = start(workdir)
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 143), output  # 143: it had saved before the second came
+    assert "resumes at step" in finish(workdir, "--stage=pretrain")
