@@ -22,17 +22,18 @@ def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
 
     c.prune.update(criterion="taylor", align="shared", profile="nvit", rule="nvit", eta=5e-4)
     c.prune.update(mode="iterative", interval=100, groups_per_step=2, ema=0.9, reset_scores=True)
-    c.prune.floors.update(embed=16, head=2, qk=8, v=8, mlp=16)  # one group of each
-    c.prune.score.update(loss="mix", batch=512, batches=100)  # the released engine scores every training batch
+    # The released engine takes the gradients of its 100 training steps; here 100 more batches are scored, in float32
+    # and without augmentation, all at the weights that are pruned.
+    c.prune.score.update(loss="mix", batch=512, batches=100)
     c.prune.update(batch=512, learning_rate=1e-4, drop_path=0.1)
-    c.prune.update(label_weight=1.0, hard_alpha=0.5, kl_weight=1e5, tau=3.0, plain_first=True)
+    c.prune.update(label_weight=1.0, teacher_alpha=0.5, kl_weight=1e5, tau=3.0, plain_first=True)
     c.prune.snapshots = ratios[:-1]
     c.prune.target.latency_ratio = ratios[-1]
 
     f = c.finetune
     f.update(epochs=300.0, batch=4608, learning_rate=2e-4, learning_rate_batch=512, final_learning_rate=1e-5)
     f.update(weight_decay=0.05, ema=0.99996, smoothing=0.1, drop_path=0.0)
-    f.update(label_weight=1.0, hard_alpha=0.5, kl_weight=1e5, tau=20.0)
+    f.update(label_weight=1.0, teacher_alpha=0.5, kl_weight=1e5, tau=20.0)
     if variant == "tiny":
         _tiny(c)
     return c
@@ -76,8 +77,8 @@ def _tiny(c: ConfigDict) -> None:
     c.latency.update(batch=256, models=3, repeats=3)
     c.latency.widths.update(embed=2, heads=2, qk=2, v=2, mlp=3)
     c.pretrain.update(epochs=1.0, learning_rate=3e-3)
-    c.prune.update(interval=1, groups_per_step=1, batch=32, hard_alpha=0.0, kl_weight=10.0)
+    c.prune.update(interval=1, groups_per_step=1, batch=32, teacher_alpha=0.0, kl_weight=10.0)
     c.prune.score.update(batch=64, batches=1)
     c.prune.snapshots = tuple(round(0.6 + 0.4 * r, 3) for r in c.prune.snapshots)
     c.prune.target.latency_ratio = round(0.6 + 0.4 * c.prune.target.latency_ratio, 3)
-    c.finetune.update(epochs=0.5, batch=32, hard_alpha=0.0, kl_weight=10.0, tau=2.0, ema=0.9)
+    c.finetune.update(epochs=0.5, batch=32, teacher_alpha=0.0, kl_weight=10.0, tau=2.0, ema=0.9)

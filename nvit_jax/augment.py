@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from nvit_jax.errors import UserError
-from nvit_jax.images import open_image
+from nvit_jax.images import Box, training_view
 
 _LEVELS = 10.0  # magnitudes run from 0 to this
 _SHIFT = 0.45  # of the side, at the highest magnitude
@@ -125,8 +125,8 @@ class RandAugment:
 
 def crop_box(
     size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of Inception's random crop, as torchvision draws it: ten tries, then the middle."""
+) -> Box:
+    """Of Inception's random crop, as torchvision draws it: ten tries, then the middle."""
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -156,8 +156,7 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) 
 class TrainCrop:
     """(content, rng) -> uint8 [size, size, channels]: one training view of one image. BadImage.
 
-    With `fast`, a JPEG is decoded at a half, a quarter or an eighth where the crop keeps at least `size` pixels;
-    without, pixels are Pillow's decode, crop and bicubic resize.
+    `fast`: see images.training_view.
     """
 
     size: int
@@ -171,25 +170,14 @@ class TrainCrop:
     fast: bool = True
 
     def __call__(self, content: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        box = (0, 0, 0, 0)
-
-        def reduce(size: tuple[int, int]) -> int:
-            nonlocal box
-            box = crop_box(size, rng, self.scale, self.ratio)
-            room = min(box[2] - box[0], box[3] - box[1]) / self.size
-            return max(f for f in (1, 2, 4, 8) if f == 1 or f <= room) if self.fast else 1
+        def choose(size: tuple[int, int]) -> Box:
+            return crop_box(size, rng, self.scale, self.ratio)
 
         if isinstance(content, np.ndarray):
-            image, done = Image.fromarray(content.squeeze(-1) if self.channels == 1 else content), 1
-            reduce(image.size)
+            image = Image.fromarray(content.squeeze(-1) if self.channels == 1 else content)
+            image = image.crop(choose(image.size)).resize((self.size, self.size), Image.Resampling.BICUBIC)
         else:
-            image, done = open_image(content, self.channels, reduce)
-        if done == 1:
-            image = image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
-        else:
-            (width, height), (left, top, right, bottom) = image.size, (edge / done for edge in box)
-            part = (left, top, min(right, width), min(bottom, height))  # an odd side is rounded when it is halved
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=part)
+            image = training_view(content, self.channels, self.size, choose, fast=self.fast)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:

@@ -21,6 +21,7 @@ SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")
 SPARSITY = ("magnitude", "gradient")
 SCORE_LOSSES = ("labels", "kl", "mix", "drawn")
 STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report", "preview")  # in order
+KINDS = ("embed", "head", "qk", "v", "mlp")
 FORMATS = ("safetensors", "stablehlo", "onnx")
 
 
@@ -67,7 +68,7 @@ def default_config() -> ConfigDict:
     c.augment.flip = 0.5
     c.augment.rand_augment = placeholder(str)
     c.augment.color_jitter = 0.0  # where there is no rand_augment (DeiT 0.4)
-    c.augment.fast_decode = True  # JPEG at a half or less where a crop allows it; False: pixels are Pillow's
+    c.augment.fast_decode = True  # JPEG by libjpeg-turbo and OpenCV, twice as fast; False: pixels are Pillow's
     c.augment.repeats = 1  # views of an image in a batch
     c.augment.erasing = 0.0
     c.augment.mixup = 0.0
@@ -87,7 +88,7 @@ def default_config() -> ConfigDict:
     c.latency.roofline.tile = 1  # widths are padded to a multiple of it (TPU: 128)
     c.latency.batch = 256  # images in the timed batch
     c.latency.widths = ConfigDict({"embed": 4, "heads": 4, "qk": 3, "v": 3, "mlp": 5})  # grid points of each axis
-    c.latency.models = 8  # whole models of random widths that the pieces are corrected by
+    c.latency.models = 7  # whole models of random widths that, with the dense one, the pieces are corrected by
     c.latency.repeats = 15  # timings of everything; the median counts
 
     c.prune = prune = ConfigDict()
@@ -113,7 +114,7 @@ def default_config() -> ConfigDict:
     prune.reset_scores = False  # forget the scores' average after the first pruning (NViT)
     prune.align = "per_head"  # or shared: one query/key and value index for all heads of a block (NViT)
     prune.profile = "cpu"  # group sizes: nvit cpu gpu tpu
-    prune.kinds = ("embed", "head", "qk", "v", "mlp")  # what may be removed
+    prune.kinds = KINDS  # what may be removed
     prune.protected = ()  # blocks whose units stay
     prune.floors = ConfigDict({"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
     prune.target = ConfigDict()  # every one that is set must hold
@@ -128,9 +129,11 @@ def default_config() -> ConfigDict:
     prune.kl_weight = 0.0  # NViT: 1e5, a mean over 1,000 classes; see losses.Objective
     prune.tau = 3.0
     prune.eval_images = 2000  # of the val split, evaluated after every pruning
-    prune.teacher = placeholder(str)  # directory of another classifier, as finetune.teacher
-    prune.hard_alpha = 0.0
-    prune.plain_first = False  # NViT: no KL up to the first pruning, no drop path from it on
+    prune.teacher = placeholder(str)  # directory of another classifier, these three as in finetune
+    prune.teacher_alpha = 0.0
+    prune.teacher_tau = placeholder(float)
+    # NViT: prune.interval steps before the first pruning, too, without KL; no drop path after it
+    prune.plain_first = False
     prune.snapshots = ()  # latency ratios on the way down; the models go to W/prune/snapshots/<ratio>/
     prune.log_every = 20
     prune.save_every = 100
@@ -139,8 +142,6 @@ def default_config() -> ConfigDict:
     c.finetune.kl_weight = 0.0
     c.finetune.tau = 20.0
     c.finetune.snapshot = placeholder(float)  # finetune this one of prune.snapshots instead of the last model
-    c.finetune.teacher = placeholder(str)  # directory of a classifier to learn from, too (a RegNetY, or another ViT)
-    c.finetune.hard_alpha = 0.0  # its part of the label loss (NViT 0.5)
     # "magnitude" or "gradient": 2 of 4 weights go by this score and stay away, see sparsity.py
     c.finetune.sparsity = placeholder(str)
     c.finetune.from_scratch = False  # the pruned dims from random weights, drawn with:
@@ -176,9 +177,15 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
     c.dropout = 0.0
     c.ema = 0.0  # decay of the averaged weights that become the model; 0: the weights themselves
     c.label_weight = 1.0
+    c.teacher = placeholder(str)  # directory of a classifier to learn from, too (a RegNetY, or another ViT)
+    c.teacher_alpha = 0.0  # its part of the label loss (DeiT, NViT 0.5)
+    c.teacher_tau = placeholder(
+        float
+    )  # None: its answer is a label (hard distillation); else soft, at this temperature
     c.log_every = 20  # steps
     c.eval_every = 100  # steps, on the val split; a multiple of log_every
     c.save_every = 100  # steps
+    c.keep = "last"  # or "best": the evaluated model with the highest val top-1 becomes the stage's model
     return c
 
 
@@ -221,25 +228,37 @@ def check_config(c: ConfigDict) -> None:
         need(0 <= s.ema < 1, f"{section}.ema", s.ema, "must be in [0, 1)")
         need(s.accumulate >= 1, f"{section}.accumulate", s.accumulate, "must be >= 1")
         need(s.batch % s.accumulate == 0, f"{section}.accumulate", s.accumulate, f"does not divide batch={s.batch}")
+        need(s.keep in ("last", "best"), f"{section}.keep", s.keep, "must be last or best")
+        need(s.keep == "last" or s.eval_every > 0, f"{section}.keep", s.keep, f"needs {section}.eval_every > 0")
         need(s.eval_every % s.log_every == 0, f"{section}.eval_every", s.eval_every, "must be a multiple of log_every")
     for section in ("pretrain", "prune", "finetune"):
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
-    for section in ("prune", "finetune"):
-        alpha, teacher = c[section].hard_alpha, c[section].teacher
-        need(0 <= alpha <= 1, f"{section}.hard_alpha", alpha, "must be in [0, 1]")
+    for section in ("pretrain", "prune", "finetune"):
+        alpha, teacher, tau = c[section].teacher_alpha, c[section].teacher, c[section].teacher_tau
+        need(0 <= alpha <= 1, f"{section}.teacher_alpha", alpha, "must be in [0, 1]")
         good = (alpha > 0) == bool(teacher)
-        need(good, f"{section}.hard_alpha", alpha, f"goes with config.{section}.teacher; set both or none")
+        need(good, f"{section}.teacher_alpha", alpha, f"goes with config.{section}.teacher; set both or none")
+        need(tau is None or tau > 0, f"{section}.teacher_tau", tau, "must be > 0")
     chosen = c.finetune.sparsity
     good = chosen is None or chosen in SPARSITY
     need(good, "finetune.sparsity", chosen, f"must be one of None, {', '.join(SPARSITY)}")
     good = chosen is None or not c.finetune.from_scratch
     need(good, "finetune.sparsity", chosen, "chooses among trained weights; it does not go with finetune.from_scratch")
-    ratios = (1.0, *c.prune.snapshots, c.prune.target.latency_ratio or 0.0)
-    good = all(a > b for a, b in itertools.pairwise(ratios))
-    need(good, "prune.snapshots", tuple(c.prune.snapshots), "must decrease from below 1 to above target.latency_ratio")
-    p = c.prune
+    p, snapshots = c.prune, tuple(c.prune.snapshots)
+    ratios = (1.0, *snapshots, p.target.latency_ratio or 0.0)
+    good = all(isinstance(r, int | float) for r in ratios) and all(a > b for a, b in itertools.pairwise(ratios))
+    need(good, "prune.snapshots", snapshots, "must decrease from below 1 to above target.latency_ratio")
+    good = not snapshots or p.mode == "iterative"
+    need(good, "prune.snapshots", snapshots, "need prune.mode=iterative, whose models lie close together")
+    good = all(isinstance(block, int) and block >= 0 for block in p.protected)
+    need(good, "prune.protected", tuple(p.protected), "must be numbers of blocks, from 0")
+    need(0 <= p.ema < 1, "prune.ema", p.ema, "must be in [0, 1)")
+    for key, least in (("interval", 0), ("steps", 1), ("groups_per_step", 1)):
+        need(p[key] >= least, f"prune.{key}", p[key], f"must be >= {least}")
+    for kind, floor in p.floors.items():
+        need(floor >= 1, f"prune.floors.{kind}", floor, "must be >= 1")
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),
         ("mode", p.mode, MODES),
@@ -258,6 +277,8 @@ def check_config(c: ConfigDict) -> None:
         p.rule,
         'needs prune.align="shared" and prune.mode="iterative", as the released engine works',
     )
+    good = p.rule != "nvit" or (tuple(p.kinds) == KINDS and not p.protected)
+    need(good, "prune.rule", p.rule, "removes every kind from every block; leave prune.kinds and protected as they are")
     good = p.rule != "solve" or p.mode != "iterative"
     need(good, "prune.rule", p.rule, "solves for a target; prune.mode=iterative goes a few groups at a time")
     for criterion in c.compare:

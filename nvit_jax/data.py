@@ -5,6 +5,7 @@ Images come out of a split as uint8 [n, image, image, channels]; a model sees (x
 
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -71,6 +72,13 @@ class Preprocessing:
         """In words."""
         resize = f"short side to {self.resize} ({self.interpolation}), center crop " if self.resize else ""
         return f"{resize}{self.size}, mean {self.mean}, std {self.std}"
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)

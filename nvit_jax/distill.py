@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
     state: TrainState
     teacher: Any  # Params of the unpruned model, or None
-    hard_teacher: Any = None  # parameters of another classifier, or None
+    label_teacher: Any = None  # parameters of another classifier, or None
 
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -52,7 +52,7 @@ def make_train_step(
     objective: Objective,
     *,
     teacher_dims: ViTDims | None = None,
-    hard_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
+    label_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     dtype: Any = None,
     drop_path: float = 0.0,
     dropout: float = 0.0,
@@ -62,7 +62,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean over the global batch.
 
-    `hard_teacher(params, images)` gives logits [B, C] where the objective has a hard_alpha. `accumulate`: the batch
+    `label_teacher(params, images)` gives logits [B, C] where the objective has a teacher_alpha. `accumulate`: the batch
     goes through the models in that many parts, one after the other, for the memory of one; the same step but for
     rounding.
     `remat`: blocks are computed again in the backward pass.
@@ -79,9 +79,9 @@ def make_train_step(
             if objective.needs_teacher:
                 assert teacher_dims is not None
                 batch = batch | {"teacher": models.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
-            if objective.hard_alpha:
-                assert hard_teacher is not None
-                batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
+            if objective.teacher_alpha:
+                assert label_teacher is not None
+                batch = batch | {"label_teacher": label_teacher(inputs.label_teacher, batch["image"])}
             images = batch["image"]
 
             def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:

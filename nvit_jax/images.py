@@ -1,13 +1,20 @@
 """Pixels of image files: whatever a folder of photographs holds, upright in 8 bits, and cropped as DeiT evaluates."""
 
+import contextlib
 import dataclasses
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
+
+cv2.setNumThreads(0)  # the loader reads images in threads of its own
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_PIXELS = 2**27  # of one image; a file that claims more is taken for a decompression bomb
@@ -26,38 +33,96 @@ class BadImage(Exception):
     """This file is not an image that can be read; the message says why."""
 
 
-def open_image(
-    content: bytes, channels: int, reduce: Callable[[tuple[int, int]], int] = lambda size: 1
-) -> tuple[Image.Image, int]:
+def open_image(content: bytes, channels: int) -> Image.Image:
     """Decode: the first frame, upright, as 8-bit RGB (channels 3) or grey (1). BadImage when that is not possible.
 
-    CMYK, palettes and alpha are converted as Pillow does (alpha is dropped), 16-bit grey is scaled. `reduce` is told
-    the upright (width, height) and may ask for a 2nd, 4th or 8th of both: JPEG decodes that faster. Also returns the
-    reduction that was done.
+    CMYK, palettes and alpha are converted as Pillow does (alpha is dropped), 16-bit grey is scaled.
     """
-    if not content:
-        raise BadImage("the file is empty")
-    mode = "RGB" if channels == 3 else "L"
+    with _named():
+        image = _header(content)
+        orientation = _orientation(image)
+        image.load()
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _eight_bits(image)
+        image = image.convert("RGB" if channels == 3 else "L")
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def training_view(
+    content: bytes, channels: int, size: int, choose: Callable[[tuple[int, int]], Box], *, fast: bool
+) -> Image.Image:
+    """A part of an image, resized to size x size. `choose` gives its box for the upright (width, height). BadImage.
+
+    Pixels are Pillow's: decode, crop, bicubic. With `fast`, upright colour JPEGs are decoded by libjpeg-turbo (to a
+    half, a quarter or an eighth where the part keeps at least `size` pixels) and resized by OpenCV: about twice as
+    fast, a mean difference to Pillow's pixels below 1 of 255 (`python -m tests.ablations.decoding`).
+    """
+    if fast and channels == 3 and (view := _fast_view(content, size, choose)) is not None:
+        return view
+    image = open_image(content, channels)
+    return image.crop(choose(image.size)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _fast_view(content: bytes, size: int, choose: Callable[[tuple[int, int]], Box]) -> Image.Image | None:
+    """None for what Pillow has to read: other formats, grey, CMYK, rotated, and whatever libjpeg-turbo complains of."""
+    with _named():
+        image = _header(content)
+        plain = image.format == "JPEG" and image.mode == "RGB" and _orientation(image) not in _UPRIGHT
+    if not plain:
+        return None
+    left, top, right, bottom = choose(image.size)
+    factor = max(f for f in (1, 2, 4, 8) if f == 1 or f * size <= min(right - left, bottom - top))
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            content, min_height=-(-image.height // factor), min_width=-(-image.width // factor)
+        )
+    except ValueError:
+        return None
+    if factor == 1:
+        return Image.fromarray(_resize(pixels[top:bottom, left:right], size))
+    small = Image.fromarray(pixels)  # the edges of the box lie between its pixels, which OpenCV's resizing cannot do
+    # An odd side is rounded when it is halved.
+    part = (left / factor, top / factor, min(right / factor, small.width), min(bottom / factor, small.height))
+    return small.resize((size, size), Image.Resampling.BICUBIC, box=part)
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> [size, size, 3], for h, w < 2 size: OpenCV's bicubic after a blur of three pixels.
+
+    Pillow's bicubic filter widens with the factor when it shrinks an image, OpenCV's does not. The blur makes up for
+    it; its weights were fitted to Pillow's pixels at factors from 0.3 to 2.
+    """
+
+    def kernel(side: int) -> Any:
+        outer = 0.025 + 0.17 * max(side / size - 1, 0)
+        return np.array([outer, 1 - 2 * outer, outer], np.float32)
+
+    height, width = pixels.shape[:2]
+    blurred = cv2.sepFilter2D(pixels, -1, kernel(width), kernel(height), borderType=cv2.BORDER_REPLICATE)
+    return np.asarray(cv2.resize(blurred, (size, size), interpolation=cv2.INTER_CUBIC))
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Everything that reading a file may raise becomes BadImage; Pillow's warnings of odd metadata are not shown."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of large images
-            image: Image.Image = Image.open(io.BytesIO(content))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            orientation = _orientation(image)
-            whole = image.size
-            if (factor := reduce(whole[::-1] if orientation in (5, 6, 7, 8) else whole)) > 1:
-                image.draft(mode, (image.width // factor, image.height // factor))
-            image.load()
-            done = round(whole[0] / image.width)
-            if image.mode.startswith("I") or image.mode == "F":
-                image = _eight_bits(image)
-            image = image.convert(mode)
+            warnings.simplefilter("ignore")
+            yield
     except BadImage:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything for broken files
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image, done
+
+
+def _header(content: bytes) -> Image.Image:
+    """The image, not decoded yet."""
+    if not content:
+        raise BadImage("the file is empty")
+    image: Image.Image = Image.open(io.BytesIO(content))
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    return image
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -91,7 +156,7 @@ class CenterCrop:
     def __call__(self, content: bytes | np.ndarray, rng: Any = None) -> np.ndarray:
         if isinstance(content, np.ndarray):
             return content
-        return resize_crop(open_image(content, self.channels)[0], self.resize, self.size, self.interpolation)
+        return resize_crop(open_image(content, self.channels), self.resize, self.size, self.interpolation)
 
 
 def resize_crop(image: Image.Image, resize: int, size: int, interpolation: str) -> np.ndarray:

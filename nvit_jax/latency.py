@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax
 import numpy as np
 from scipy.optimize import nnls
 
+import nvit_jax
 from nvit_jax import timing
 from nvit_jax.dims import ViTDims, attention_macs, count_macs, mlp_macs
 from nvit_jax.errors import UserError
@@ -52,16 +54,24 @@ class LatencyTable:
         try:
             self.dims = ViTDims.from_json(values["dims"])
             self.batch, self.dtype, self.device = values["batch"], values["dtype"], values["device"]
-            self.axes = {axis: tuple(values["axes"][axis]) for axis in AXES}
-            cells = dict(values["cells"])
+            self.axes = {axis: tuple(int(width) for width in values["axes"][axis]) for axis in AXES}
+            cells = {str(name): dict(record) for name, record in values["cells"].items()}
             whole = [(ViTDims.from_json(m["dims"]), float(m["ms"])) for m in values["models"] if "ms" in m]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{name} is not what a latency stage writes ({error!r})") from error
+        for axis, widths in self.axes.items():
+            if not widths or any(a >= b for a, b in itertools.pairwise((0, *widths))):
+                raise UserError(f"{name}: the widths of {axis} must grow from above 0, they are {list(widths)}")
+        for number, (_, whole_ms) in enumerate(whole):
+            if not 0 < whole_ms < np.inf:
+                raise UserError(f"{name}: model {number} is {whole_ms}; it must be a positive number of ms")
         ms = _fill(self.dims, {cell: self._checked(cell, cells) for cell in plan(self.axes)})
         e, h, q, v, m = (self.axes[axis] for axis in AXES)
         by_qk = np.array([[[ms["attention", (d, n, k, v[-1])] for k in q] for n in h] for d in e])
         by_v = np.array([[[ms["attention", (d, n, q[-1], k)] for k in v] for n in h] for d in e])
         attention = by_qk[..., :, None] + by_v[..., None, :] - by_qk[..., -1:, None]
+        # A sum of noisy cells may come out near 0 or below.
+        attention = np.maximum(attention, 0.1 * min(by_qk.min(), by_v.min()))
         mlp = np.array([[ms["mlp", (d, k)] for k in m] for d in e])
         rest = np.array([ms["rest", (d,)] for d in e])
         self._grids = {"attention": attention, "mlp": mlp, "rest": rest}
@@ -111,7 +121,7 @@ class LatencyTable:
 
     def _leave_one_out(self, whole: Sequence[tuple[ViTDims, float]]) -> float | None:
         """Median error of the ratio to the dense model (the first), each model predicted from the others."""
-        if len(whole) < 4:
+        if len(whole) < 5:
             return None
         rows, ms = self._rows(whole)
         errors = []
@@ -145,7 +155,9 @@ def monotone(grid: np.ndarray) -> np.ndarray:
 
 def _fit_factors(rows: np.ndarray, ms: np.ndarray) -> np.ndarray:
     """Non-negative least squares of relative errors. The dense model, which is first, counts three times: all ratios
-    are to it."""
+    are to it. Fewer models than factors and one more share one factor."""
+    if len(ms) < 4:
+        return np.array([1.0, 1.0, 0.0]) * np.median(ms / rows[:, :2].sum(1))
     weight = np.where(np.arange(len(ms)) == 0, 3.0, 1.0)
     return nnls(rows * (weight / ms)[:, None], weight)[0]
 
@@ -265,7 +277,7 @@ def measure_table(
     for d in whole:
         jobs["model"]["model " + json.dumps({a: getattr(d, a) for a in AXES})] = (d, "model")
     total = sum(len(pieces) for pieces in jobs.values())
-    records = dict(known)
+    records = {name: record for name, record in known.items() if "skipped" not in record}  # there may be room now
     for pieces in jobs.values():
         _time_pieces(pieces, records, batch, dtype, repeats, keep, lambda: advance(len(records), total))
     return {
@@ -273,6 +285,9 @@ def measure_table(
         "batch": batch,
         "dtype": dtype,
         "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "python": platform.python_version(),
+        "nvit_jax": nvit_jax.__version__,
         "dims": dims.to_json(),
         "axes": axes,
         "cells": {name: records[name] for piece in ("attention", "mlp") for name in jobs[piece]},

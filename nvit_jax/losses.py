@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 # image [B, image, image, channels], label [B], index [B] (place in the global batch), and of the teachers: "teacher"
-# [B, T, C], the unpruned model's logits, "hard_teacher" [B, C], another classifier's; of mixed images "mixed_label" [B]
-# and "label_share" [], the part of the first
+# [B, T, C], the unpruned model's logits, "label_teacher" [B, C], another classifier's (a CNN's in NViT); of mixed
+# images "mixed_label" [B] and "label_share" [], the part of the first
 Batch = dict[str, Any]
 
 
@@ -17,8 +17,11 @@ Batch = dict[str, Any]
 class Objective:
     """label_weight * L_label + kl_weight * KL_nvit(unpruned model || model), NViT section 3.4.
 
-    L_label = (1 - hard_alpha) CE(mean of the classifiers, label) + hard_alpha CE(distillation classifier, argmax of
-    the hard teacher), DeiT's hard distillation (a model with one classifier learns both with it).
+    L_label = (1 - teacher_alpha) CE(mean of the classifiers, label) + teacher_alpha L_teacher (a model with one
+    classifier learns both with it). L_teacher is DeiT's hard distillation, CE(distillation classifier, argmax of the
+    label teacher), or, with a teacher_tau, its soft one: tau^2 KL(label teacher || distillation classifier), summed
+    over classes, both at that temperature (DeiT, equations 3 and 2; its code divides the soft one by the number of
+    classes, too).
     `kl_per_head` applies the KL to each classifier and averages (finetuning) instead of to the mean of their
     logits (pruning). KL_nvit is a mean over batch AND classes at temperature tau without a tau^2 factor, so that
     NViT's coefficient 1e5 is 100 times the ordinary per-sample KL at 1,000 classes.
@@ -29,7 +32,8 @@ class Objective:
     tau: float = 1.0
     kl_per_head: bool = False
     smoothing: float = 0.0
-    hard_alpha: float = 0.0
+    teacher_alpha: float = 0.0
+    teacher_tau: float | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -61,10 +65,14 @@ def objective_loss(objective: Objective, logits: jax.Array, batch: Batch) -> tup
         other = cross_entropy(mean, batch["mixed_label"], objective.smoothing)
         label = batch["label_share"] * label + (1 - batch["label_share"]) * other
     parts = {"label_loss": label}
-    if objective.hard_alpha:
-        hard = cross_entropy(logits[:, -1], batch["hard_teacher"].argmax(-1))
-        parts["hard_loss"] = hard
-        label = (1 - objective.hard_alpha) * label + objective.hard_alpha * hard
+    if objective.teacher_alpha:
+        answer, tau = jax.lax.stop_gradient(batch["label_teacher"]), objective.teacher_tau
+        if tau is None:
+            part = cross_entropy(logits[:, -1], answer.argmax(-1))
+        else:
+            part = tau**2 * logits.shape[-1] * kl_nvit(answer, logits[:, -1], tau)
+        parts["teacher_loss"] = part
+        label = (1 - objective.teacher_alpha) * label + objective.teacher_alpha * part
     total = objective.label_weight * label
     if objective.needs_teacher:
         teacher = jax.lax.stop_gradient(batch["teacher"])

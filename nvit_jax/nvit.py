@@ -6,9 +6,10 @@ engine does and the paper does not say:
   - units are sorted inside a layer by score - eta * seconds saved, cut into runs of the group size, and only the sums
     of the runs are compared between layers; removed units stay in the sort, with a score of 0;
   - savings are those of the model before the step, for one unit less, and 0 near the bottom of a width;
-  - pruning number p (from 0) removes every run up to the one of rank max(0, p * groups - 1), removed runs counted, so
-    that the first pruning removes one run and each later one about `groups` more;
+  - pruning number p (from 0) removes every run up to the one of rank max(0, p * per_iteration // 16 - 1), removed runs
+    counted, whatever their sizes: with 32 the first pruning removes one run and each later one about two more;
   - the last run of a layer stays, whatever the floors say.
+One thing is left out: the engine's stop test takes the embed of before the step, so it may go on for a step more.
 """
 
 import functools
@@ -23,6 +24,7 @@ from nvit_jax import ranking
 from nvit_jax.checkpoint import read_json
 from nvit_jax.dims import Units, ViTDims
 from nvit_jax.errors import UserError
+from nvit_jax.latency import monotone
 from nvit_jax.masks import kept_dims
 from nvit_jax.ranking import Cost, Ranking, Removal, Target
 
@@ -48,6 +50,7 @@ class ReleasedTable:
         places = [[0, *self.axes[0]], *self.axes[1:4], [0, *self.axes[4][1:]]]
         self._limits = [(p[0], p[-1]) for p in places]
         values = np.concatenate([np.zeros_like(seconds[:1]), seconds])
+        self.disorder = float(np.max(np.abs(monotone(seconds) / seconds - 1)))  # used as it is, all the same
         self._interpolate = RegularGridInterpolator(places, values)
         self.block_seconds = functools.lru_cache(maxsize=None)(self._block_seconds)
 
@@ -136,15 +139,18 @@ def prune_step(
     *,
     eta: float,
     done: int,
-    groups: int,
+    per_iteration: int,
 ) -> Step:
-    """One pruning of the released engine on layers of values; `sizes` are group sizes, `done` the prunings before."""
+    """One pruning of the released engine on layers of values; `sizes` are group sizes, `done` the prunings before.
+
+    `per_iteration` is its --prune_per_iter, counted in sixteenths of a run.
+    """
     adjusted = [s * g - eta * saving for s, g, saving in zip(scores, gates, savings, strict=True)]
     orders = [np.argsort(a, kind="stable") for a in adjusted]
     runs = [[order[i : i + n] for i in range(0, len(order), n)] for order, n in zip(orders, sizes, strict=True)]
     group_scores = [np.array([a[r].sum() for r in rs]) for a, rs in zip(adjusted, runs, strict=True)]
     everything = np.sort(np.concatenate(group_scores))
-    threshold = float(everything[min(max(0, done * groups - 1), len(everything) - 1)])
+    threshold = float(everything[min(max(0, done * per_iteration // 16 - 1), len(everything) - 1)])
     after, removed = [], []
     for layer, (gate, rs, values) in enumerate(zip(gates, runs, group_scores, strict=True)):
         new = np.array(gate, np.float64)
@@ -166,13 +172,21 @@ def rank(
     *,
     eta: float,
     done: int,
-    groups: int,
+    per_iteration: int,
 ) -> Ranking:
     """`prune_step` between masks, as ranking.rank. `table(dims)` gives milliseconds; eta is per second."""
     now = kept_dims(masks, dims)
     gates = [(layer > 0).astype(np.float64) for layer in flatten(masks)]
     per_layer = [sizes["embed"]] + [sizes[kind] for _ in range(dims.depth) for kind in _FIELD]
-    step = prune_step(flatten(scores), gates, unit_savings(table, now), per_layer, eta=eta, done=done, groups=groups)
+    step = prune_step(
+        flatten(scores),
+        gates,
+        unit_savings(table, now),
+        per_layer,
+        eta=eta,
+        done=done,
+        per_iteration=per_iteration,
+    )
     new = Units(*(np.zeros_like(m) for m in masks))
     new.embed[:] = step.gates[0]
     for i in range(dims.depth):

@@ -6,7 +6,6 @@ of workers, devices and processes sees the same numbers.
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from nvit_jax.data import Pixels, Split
+from nvit_jax.data import Pixels, Split, cores
 from nvit_jax.errors import UserError
 from nvit_jax.images import BadImage
 from nvit_jax.sources import Arrays, Source, Subset
@@ -96,7 +95,7 @@ class Stream:
     def _start(self, step: int) -> Iterator[Any]:
         loading, ahead = self._split.loading, _AHEAD * self._rows
         memory = _in_memory(self._split.source)
-        threads = loading.threads or max(1, len(os.sched_getaffinity(0)) // max(1, loading.workers))
+        threads = loading.threads or max(1, cores() // max(1, loading.workers))
         options = grain.ReadOptions(num_threads=0 if memory else threads, prefetch_buffer_size=0 if memory else ahead)
         examples = grain.MapDataset.source(self._examples)[step * self._rows :].to_iter_dataset(options)
         if loading.workers and not memory:

@@ -37,7 +37,8 @@ class Plan:
     """When and how much."""
 
     mode: str
-    interval: int = 0  # optimizer steps between prunings
+    warmup: int = 0  # optimizer steps before the first pruning
+    interval: int = 0  # and between prunings
     steps: int = 1  # prunings of "gradual"
     groups_per_step: int = 1  # of "iterative"
     ema: float = 0.0  # momentum of the scores from pruning to pruning
@@ -46,8 +47,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UserError(f"prune.mode={self.mode!r} is not one of {', '.join(MODES)}")
-        if self.interval < 0 or self.steps < 1 or self.groups_per_step < 1 or not 0 <= self.ema < 1:
-            raise UserError("prune: interval >= 0, steps >= 1, groups_per_step >= 1 and 0 <= ema < 1 are needed")
+        if self.warmup < 0 or self.interval < 0 or self.steps < 1 or self.groups_per_step < 1 or not 0 <= self.ema < 1:
+            raise UserError(
+                "prune: warmup >= 0, interval >= 0, steps >= 1, groups_per_step >= 1 and 0 <= ema < 1 are needed"
+            )
 
     def targets(self, pruning: int, targets: Sequence[Target]) -> list[Target]:
         """The targets of one pruning: those of the end, or on the way there for "gradual"."""
@@ -84,7 +87,7 @@ def make_score_step(
     loss_name: str | None,
     mix: Objective,
     *,
-    hard_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
+    label_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     remat: bool = True,
 ) -> Callable[..., Units]:
     """`step(inputs, batch, mean)` -> scores of one batch, in float32 at full matmul precision.
@@ -120,9 +123,9 @@ def make_score_step(
         with jax.default_matmul_precision("float32"):
             if loss_name != "labels":
                 batch = batch | {"teacher": models.forward(dims, inputs.teacher, batch["image"])}
-            if objective.hard_alpha:
-                assert hard_teacher is not None
-                batch = batch | {"hard_teacher": hard_teacher(inputs.hard_teacher, batch["image"])}
+            if objective.teacher_alpha:
+                assert label_teacher is not None
+                batch = batch | {"label_teacher": label_teacher(inputs.label_teacher, batch["image"])}
             if loss_name == "drawn":
                 batch = batch | {"label": draw_labels(batch["teacher"], key, batch["index"])}
             return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), mean=mean)
@@ -157,7 +160,7 @@ def prune_loop(
     """
     while not state.met:
         pruning = int(state.prunings)
-        state = state._replace(train=train(state, pruning * plan.interval))
+        state = state._replace(train=train(state, plan.warmup + pruning * plan.interval))
         monitor.advance(int(state.train.step), f"scoring for pruning {pruning + 1}")
         fresh = Units(*(np.asarray(s, np.float64) for s in score(state.train, pruning)))
         check_finite(fresh)

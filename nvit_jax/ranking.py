@@ -10,7 +10,8 @@ a multiple. Query/key and value dims go in rows, so that all heads of a block ke
 align="per_head" row j holds the j-th weakest live dim of every live head, under "shared" the same index of all.
 
 Rules. "per_cost": score / saving, the saving as a fraction of the dense cost, summed over the targets not met yet;
-groups with score <= 0 go first, the largest saving first, since a division would reverse them. "eta" (NViT
+groups with score <= 0 go first, the largest saving first, since a division would reverse them; groups that save
+nothing go last. "eta" (NViT
 equation 7): score - eta * milliseconds saved. Equal offers: the order of KINDS, then the lower block.
 """
 
@@ -180,12 +181,15 @@ def check_reachable(dims: ViTDims, policy: Policy, targets: Sequence[Target]) ->
     smallest = smallest_dims(dims, policy)
     for target in targets:
         if not target.holds(smallest):
-            least = target.cost(smallest)
-            shown = least / target.dense if target.name.endswith("_ratio") else least
-            limit = target.limit / target.dense if target.name.endswith("_ratio") else target.limit
+            least, limit = target.cost(smallest), target.limit
+            if target.name in ("macs", "params"):
+                asked, shown = f"{limit:.0f}", f"{least:.0f}"
+            else:
+                scale = target.dense if target.name.endswith("_ratio") else 1.0
+                asked, shown = f"{limit / scale:.6g}", f"{math.ceil(least / scale * 1e4) / 1e4:.10g}"
             raise UserError(
-                f"prune.target.{target.name}={limit:.4g} cannot be met: with these floors, groups and protected "
-                f"blocks the smallest reachable is {math.ceil(shown * 1e4) / 1e4:.4g}"
+                f"prune.target.{target.name}={asked} cannot be met: with these floors, groups and protected "
+                f"blocks the smallest reachable is {shown}"
             )
 
 
@@ -302,4 +306,4 @@ def _key(score: float, now: ViTDims, then: ViTDims, policy: Policy, unmet: Seque
     saving = sum((t.cost(now) - t.cost(then)) / t.dense for t in unmet)
     if score <= 0:
         return 0, -saving
-    return 1, score / saving if saving > 0 else math.inf
+    return (1, score / saving) if saving > 0 else (2, score)  # what saves nothing goes last, the least score first

@@ -134,6 +134,7 @@ def _prune_section(m: Mapping[str, Any]) -> str:
     rows = [
         ("latency ratio, measured", f"{m['latency_ratio']:.3f}"),
         ("latency ratio, predicted", "no latency model" if predicted is None else f"{predicted:.3f}"),
+        ("predicted for", m.get("latency_source") or ""),
         ("MACs ratio", f"{m['macs_ratio']:.3f}"),
         ("parameters ratio", f"{m['params_ratio']:.3f}"),
         ("masked and compact logits differ by at most", f"{m['masked_vs_compact_max_abs_diff']:.1e}"),
@@ -273,8 +274,8 @@ def _plot_sensitivity(plt: Any, scores: Mapping[str, np.ndarray], unit: str) -> 
         median = np.array([np.median(r) for r in _by_block(scores, kind)])
         if kind in ("qk", "v"):  # one width less is one dim of every head
             median = median * scores["mask_head"].sum(-1)
-        value = median / np.maximum(np.atleast_1d(scores[f"saving_{kind}"]), 1e-30)
-        value = np.where(value > 0, value, np.nan)
+        saving = np.atleast_1d(scores[f"saving_{kind}"])
+        value = np.where((saving > 0) & (median > 0), median / np.where(saving > 0, saving, 1), np.nan)
         if kind == "embed":
             axis.axhline(value[0], color=_DENSE, label=title)
         else:

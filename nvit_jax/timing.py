@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax import models
+from nvit_jax.data import cores
 from nvit_jax.dims import ViTDims
 from nvit_jax.errors import UserError
 
@@ -27,8 +28,8 @@ class DoesNotFit(Exception):
 def device_name() -> str:
     """The device and how much of it: "cpu x1 (2 cores)" or "NVIDIA H200 x8"."""
     device = jax.devices()[0]
-    cores = f" ({len(os.sched_getaffinity(0))} cores)" if device.platform == "cpu" else ""
-    return f"{device.device_kind} x{jax.device_count()}{cores}"
+    detail = f" ({cores()} cores)" if device.platform == "cpu" else ""
+    return f"{device.device_kind} x{jax.device_count()}{detail}"
 
 
 def keep_memory() -> None:
@@ -53,6 +54,8 @@ def free_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # what is free is not to be had as easily
     with open("/proc/meminfo", encoding="ascii") as file:
         facts = dict(line.split(":", 1) for line in file)
     return 1024 * int(facts["MemAvailable"].split()[0])
@@ -94,7 +97,7 @@ def compile_pieces(pieces: Sequence[tuple[ViTDims, str]], batch: int, dtype: str
 
     if jax.process_count() > 1:
         return [attempt(piece) for piece in pieces]
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         return list(pool.map(attempt, pieces))
 
 

@@ -16,7 +16,7 @@ import tqdm
 from tensorboardX import SummaryWriter
 
 from nvit_jax.checkpoint import StateSaver, read_json, saving, write_json, write_text
-from nvit_jax.config import STAGES
+from nvit_jax.config import STAGES, default_config, flatten_config
 from nvit_jax.errors import UserError
 from nvit_jax.parallel import any_process, is_main, wait_for_all
 
@@ -81,8 +81,9 @@ class StageDir:
         extends = False
         fresh = record is None or record["status"] == "stale" or force or self._nothing_yet(record)
         if record is not None and not fresh:
-            old = record["keys"]
-            changed = sorted(k for k in old.keys() | dict(keys).keys() if old.get(k) != keys.get(k))
+            defaults = flatten_config(default_config())
+            old = {k: record["keys"].get(k, defaults.get(k)) for k in keys}  # it may be older than a key
+            changed = sorted(k for k in keys if old[k] != keys[k])
             if changed:
                 shown = ", ".join(f"{k}: {old.get(k)!r} -> {keys.get(k)!r}" for k in changed)
                 raise UserError(
@@ -133,6 +134,10 @@ class StageDir:
     def done(self) -> bool:
         record = self.record()
         return record is not None and record["status"] == "done"
+
+    def keys(self) -> dict[str, Any]:
+        """The config keys that the stage was run with."""
+        return dict((self.record() or {}).get("keys", {}))
 
     def id(self) -> str:
         return (self.record() or {}).get("id", "")

@@ -200,6 +200,7 @@ def test_a_run_on_folders_with_deits_augmentation(root, tmp_path, capsys):
     config = str(ROOT / "tests" / "tiny.py")
     assert call("--workdir", tmp_path / "W", *arguments, config=config) == 0, capsys.readouterr().err
     assert read(tmp_path / "W" / "pretrain" / "metrics.json")["steps"] == 6
+    assert "data.path" not in read(tmp_path / "W" / "pretrain" / "stage.json")["inputs"]  # ImageNet is not hashed
     preview = [a for a in arguments if a != "--stage=pretrain"]
     assert call("--workdir", tmp_path / "W", *preview, "--stage=preview", config=config) == 0
     page = (tmp_path / "W" / "preview.html").read_text()

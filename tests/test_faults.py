@@ -59,6 +59,21 @@ def test_a_full_disk_and_then_space_again(undisturbed, tmp_path):  # noqa: F811
     assert_same_run(workdir, undisturbed)
 
 
+def test_a_clock_that_jumps(undisturbed, tmp_path):  # noqa: F811
+    """Every look at the clock of the day finds it days before or after; nothing that is kept depends on it."""
+    code = f"""
+import random, sys, time
+real, draw = time.time, random.Random(2)
+time.time = lambda: real() + draw.choice((-1e6, 0.0, 1e6))
+time.time_ns = lambda: int(1e9 * time.time())
+import main
+sys.exit(main.main(["main.py", *{ARGUMENTS!r}, "--workdir", {str(tmp_path / "W")!r}]))
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert_same_run(tmp_path / "W", undisturbed)
+
+
 def test_the_second_interrupt_forces(tmp_path):
     workdir = tmp_path / "W"
     process = start(workdir)

@@ -58,7 +58,7 @@ def values(factors=None, noise=0.0):
         "batch": 32,
         "dtype": "float32",
         "dims": DIMS.to_json(),
-        "axes": AXES,
+        "axes": dict(AXES),
         "cells": cells,
         "models": models,
     }
@@ -108,6 +108,10 @@ def test_smoothing_is_monotone_and_leaves_monotone_grids_alone(grid):
         (lambda v: v["cells"]["mlp embed=96 mlp=400"].update(ms=-1.0), "'mlp embed=96 mlp=400' is -1.0; it must be"),
         (lambda v: v["cells"]["rest embed=24"].update(ms=float("nan")), "'rest embed=24' is nan; it must be"),
         (lambda v: v.pop("axes"), "is not what a latency stage writes"),
+        (lambda v: v["cells"].update({"rest embed=24": 3.0}), "is not what a latency stage writes"),
+        (lambda v: v["axes"].update(mlp=[]), "the widths of mlp must grow from above 0"),
+        (lambda v: v["axes"].update(qk=[64, 8]), r"the widths of qk must grow from above 0, they are \[64, 8\]"),
+        (lambda v: v.update(models=[{"dims": DIMS.to_json(), "ms": 0.0}]), "model 0 is 0.0; it must be a positive"),
     ],
 )
 def test_a_damaged_table_is_refused_by_name(damage, words):
@@ -115,6 +119,24 @@ def test_a_damaged_table_is_refused_by_name(damage, words):
     damage(content)
     with pytest.raises(UserError, match=words):
         LatencyTable(content)
+
+
+def test_few_whole_models_share_one_factor():
+    """Three factors cannot be told from one or two models: attention or the mlp would come out free."""
+    for count in (1, 3):
+        content = values(factors=(1.5, 1.5, 0.0))
+        content["models"] = content["models"][:count]
+        table = LatencyTable(content)
+        assert table.factors == pytest.approx((1.5, 1.5, 0.0)) and table.leave_one_out is None
+
+
+def test_one_wrong_cell_makes_no_cost_negative():
+    content = values()
+    content["cells"]["attention embed=192 heads=3 qk=64 v=64"]["ms"] *= 3
+    table = LatencyTable(content)
+    for widths in itertools.product(*(AXES[axis] for axis in ("embed", "heads", "qk", "v"))):
+        assert table.piece_ms("attention", widths) > 0
+    assert table.disorder > 0.1
 
 
 def test_a_table_for_another_model_or_setting_is_refused():

@@ -25,6 +25,7 @@ def test_files_and_keys_of_the_contract(finished):
         "criterion",
         "target",
         "latency_ratio",
+        "latency_source",
         "predicted_latency_ratio",
         "macs_ratio",
         "params_ratio",
@@ -124,6 +125,36 @@ def test_a_finished_stage_is_left_alone_and_changed_keys_are_refused(finished, c
     assert read(workdir / "pretrain" / "stage.json")["status"] == "done"
     assert call("--workdir", workdir, "--stage", "finetune") == 0
     assert read(workdir / "finetune" / "stage.json")["status"] == "done"
+
+
+def test_a_workdir_older_than_a_config_key(finished, tmp_path, capsys):
+    workdir = tmp_path / "W"
+    shutil.copytree(finished, workdir, symlinks=True)
+    record = read(workdir / "pretrain" / "stage.json")
+    del record["keys"]["pretrain.keep"]  # the version that made it did not know the key
+    record["keys"]["pretrain.no_more"] = 1  # and this version does not know that one
+    (workdir / "pretrain" / "stage.json").write_text(json.dumps(record))
+    assert call("--workdir", workdir, "--stage=pretrain") == 0
+    assert "finished before" in capsys.readouterr().out
+    assert call("--workdir", workdir, "--stage=pretrain", "--config.pretrain.keep=best") == 2
+    assert "(pretrain.keep: 'last' -> 'best')" in capsys.readouterr().err
+
+
+def test_the_best_evaluated_model_is_kept(tmp_path):
+    """A learning rate that ruins the model, after a few good steps: the model is that of the best evaluation."""
+    arguments = ["--stage=pretrain", "--config.pretrain.keep=best", "--config.pretrain.eval_every=5"]
+    arguments += ["--config.pretrain.learning_rate=0.05", "--config.pretrain.warmup_epochs=1.5"]
+    assert call("--workdir", tmp_path / "W", *arguments) == 0
+    place = tmp_path / "W" / "pretrain"
+    lines = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+    best = max(line["val_top1"] for line in lines)
+    metrics = read(place / "metrics.json")
+    assert metrics["val_top1"] == best > lines[-1]["val_top1"]
+    assert metrics["step"] == next(line["step"] for line in lines if line["val_top1"] == best) < metrics["steps"]
+    model, data = nvit_jax.load_model(place / "model"), load_dataset("digits")
+    images, labels = data.split("val").read()
+    found = np.asarray(model.apply(model.params, data.preprocessing(images))).argmax(1)
+    assert (found == labels).mean() == pytest.approx(best)
 
 
 def test_other_modes_and_a_model_directory(finished, tmp_path):

@@ -59,6 +59,23 @@ def wait_for_a_save(workdir: pathlib.Path, processes: list[subprocess.Popen]) ->
         time.sleep(0.01)
 
 
+def assert_same_weights(a: nvit_jax.Model, b: nvit_jax.Model, what: str = "") -> None:
+    """As good as sums in another order allow: logits, and weights within 1e-5 of the largest.
+
+    Adam divides a gradient by its own size. A weight whose gradient is hardly more than the rounding of the sums (of a
+    neuron that is almost never on) therefore makes steps of that rounding: a weight in a thousand of an array may
+    differ by a tenth of one step of 3e-3. The bias of the keys has no gradient at all (softmax does not see it).
+    """
+    assert a.dims == b.dims
+    for (path, x), (_, y) in zip(flatten(a.params), flatten(b.params), strict=True):
+        if not path.endswith("k/bias"):
+            off = np.abs(y - x)
+            assert (off > 1e-5 * np.abs(x).max()).mean() <= 1e-3 and off.max() <= 3e-4, f"{what} {path}: {off.max()}"
+    images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
+    logits = np.asarray(a.apply(a.params, images))
+    np.testing.assert_allclose(b.apply(b.params, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
     """Of one process, and of two."""
@@ -75,15 +92,7 @@ def test_the_same_models_and_logs(workdirs):
     one, two = workdirs
     for name in ("pretrain/model", "prune/masked", "prune/model", "finetune/model"):
         a, b = (nvit_jax.load_model(place / name) for place in (one, two))
-        assert a.dims == b.dims
-        for (path, x), (_, y) in zip(flatten(a.params), flatten(b.params), strict=True):
-            # The all-reduce between processes sums in another order: 1e-5 of the largest weight. The
-            # bias of the keys has no gradient (softmax does not see it): Adam makes steps of what is rounding there.
-            if not path.endswith("k/bias"):
-                np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=f"{name} {path}")
-        images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
-        logits = np.asarray(a.apply(a.params, images))
-        np.testing.assert_allclose(b.apply(b.params, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+        assert_same_weights(a, b, name)
     histories = [(place / "prune" / "history.jsonl").read_text().splitlines() for place in workdirs]
     for x, y in zip(*histories, strict=True):
         assert json.loads(x)["removed"] == json.loads(y)["removed"]
@@ -114,10 +123,7 @@ def test_a_spread_training_state(tmp_path):
     assert process.returncode == 0, output
     for code, output in pair(tmp_path / "two", *more, "--config.parallel=fsdp"):
         assert code == 0, output
-    a, b = (nvit_jax.load_model(tmp_path / name / "pretrain" / "model").params for name in ("one", "two"))
-    for (path, x), (_, y) in zip(flatten(a), flatten(b), strict=True):
-        if not path.endswith("k/bias"):
-            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+    assert_same_weights(*(nvit_jax.load_model(tmp_path / name / "pretrain" / "model") for name in ("one", "two")))
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -151,10 +157,7 @@ def test_resumed_on_fewer_devices(workdirs, tmp_path, devices):
     process = start(workdir, devices, *more)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "resumes at step" in output, output
-    a, b = (nvit_jax.load_model(place / "pretrain" / "model").params for place in (workdirs[0], workdir))
-    for (path, x), (_, y) in zip(flatten(a), flatten(b), strict=True):
-        if not path.endswith("k/bias"):
-            np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=path)
+    assert_same_weights(*(nvit_jax.load_model(place / "pretrain" / "model") for place in (workdirs[0], workdir)))
 
 
 def test_a_mistake_ends_both(workdirs):

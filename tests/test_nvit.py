@@ -92,7 +92,7 @@ def test_runs_from_the_stored_contributions(run, groups, iterations, table):
         now = kept_dims(units(np.concatenate(gates)), DIMS)
         savings = nvit.unit_savings(table, now)
         assert np.abs(np.array(savings) - facts["lat_improve"][i]).max() <= 1e-12
-        step = nvit.prune_step(layers(average), gates, savings, SIZES, eta=5e-4, done=i, groups=groups)
+        step = nvit.prune_step(layers(average), gates, savings, SIZES, eta=5e-4, done=i, per_iteration=16 * groups)
         if f"adjusted_{i}" in golden.files:
             assert (np.abs(np.concatenate(step.adjusted) - golden[f"adjusted_{i}"]) / scale).max() <= 1e-6
         if f"group_scores_{i}" in golden.files:
@@ -196,7 +196,7 @@ def test_run_a_from_our_own_gradients(table):
         gates = nvit.flatten(masks)
         for name, ours, theirs, gate in zip(KINDS, nvit.flatten(average), expected, gates, strict=True):
             assert np.abs((ours - theirs) * (gate > 0)).max() <= 1e-4 * theirs.max(), (i, name)
-        found = nvit.rank(average, masks, DIMS, policy_sizes, [], table, eta=5e-4, done=i, groups=2)
+        found = nvit.rank(average, masks, DIMS, policy_sizes, [], table, eta=5e-4, done=i, per_iteration=32)
         masks = found.masks
         flat = np.concatenate([layer > 0 for layer in nvit.flatten(masks)])
         assert np.array_equal(np.packbits(flat), golden[f"gates_{i}"]), i

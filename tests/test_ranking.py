@@ -118,6 +118,16 @@ def test_nonpositive_scores_go_first_the_largest_saving_first():
     assert found.nonpositive == 2
 
 
+def test_groups_that_save_nothing_go_last_the_least_score_first():
+    impossible = Target("qk alone", lambda d: float(sum(d.qk)), 0, float(sum(DIMS.qk)))
+    units = scores(mlp=[[7, 7, 7, 7], [1, 1, 1, 1]])._replace(qk=50 * full_masks(DIMS).qk)
+    found = rank(units, full_masks(DIMS), DIMS, policy(kinds=("mlp", "qk")), [impossible])
+    order = [(r.kind, r.block) for r in found.removed]
+    each = DIMS.qk[0] - 1
+    assert order == [("qk", 0)] * each + [("qk", 1)] * each + [("mlp", 1)] * 3 + [("mlp", 0)] * 3
+    assert np.isfinite(found.threshold)
+
+
 def test_eta_rule_is_nvit_equation_7():
     latency = lambda d: float(np.array([1.0, 3.0]) @ d.mlp)  # noqa: E731
     units = scores(mlp=[[0.5, 9, 9, 9], [0.6, 9, 9, 9]])
@@ -205,6 +215,14 @@ def test_a_target_below_the_floors_names_the_smallest_reachable():
     with pytest.raises(UserError, match=r"params_ratio=0.01 cannot be met.*smallest reachable is 0.1654"):
         check_reachable(dims, p, make_targets({"params_ratio": 0.01}, dims, None))
     assert 0.1653 < least <= 0.1654
+    fewest = count_params(smallest_dims(dims, p))
+    with pytest.raises(UserError, match=f"params=1000 cannot be met.*smallest reachable is {fewest}$"):
+        check_reachable(dims, p, make_targets({"params": 1000.0}, dims, None))
+    check_reachable(dims, p, make_targets({"params": float(fewest)}, dims, None))  # what it said, typed in
+    ms = lambda d: count_params(d) / 3e6  # noqa: E731
+    with pytest.raises(UserError, match="latency_ms=0.01 cannot be met.*smallest reachable is ") as caught:
+        check_reachable(dims, p, make_targets({"latency_ms": 0.01}, dims, ms))
+    check_reachable(dims, p, make_targets({"latency_ms": float(str(caught.value).rsplit(" ", 1)[1])}, dims, ms))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +302,28 @@ def test_solve_comes_close_to_the_best_of_all_widths(align, spec):
     assert (np.array(solved) >= np.array(best) - 1e-9).all()
     # A price cannot reach every allocation (the gap of Lagrangian duality), least of all where a group is a third.
     assert sum(solved) <= 1.15 * sum(best) and sum(solved) <= sum(greedy)
+
+
+@pytest.mark.parametrize("spec", [{"macs_ratio": 0.5}, {"latency_ratio": 0.54}, {"params": 1.5e6}])
+def test_solve_ends_at_the_target_or_less_than_a_group_below(spec):
+    """No group can be given back."""
+    dims = preset("deit_tiny", depth=4)
+    units = Units(*(np.random.default_rng(1).exponential(size=m.shape) for m in full_masks(dims)))
+    targets = make_targets(spec, dims, lambda d: 0.1 + count_macs(d) / 1e9)
+    p = policy(sizes=group_sizes("cpu"), floors=group_sizes("cpu"))
+    found = allocate(units, full_masks(dims), dims, p, targets)
+    assert found.met and targets[0].cost(found.dims) <= targets[0].limit
+    for (kind, block), count in slots_of(dims, found.dims):
+        if count:
+            more = min(p.size(kind, dims, block), count)
+            if kind == "embed":
+                wider = dataclasses.replace(found.dims, embed=found.dims.embed + more)
+            else:
+                field = {"head": "heads"}.get(kind, kind)
+                widths = list(getattr(found.dims, field))
+                widths[block] += more
+                wider = dataclasses.replace(found.dims, **{field: tuple(widths)})
+            assert not targets[0].holds(wider), (kind, block)
 
 
 def test_solve_sees_what_a_single_group_does_not_save():

@@ -21,6 +21,7 @@ ARGUMENTS = [
     "--config=tests/tiny.py",
     "--config.stages=('pretrain','prune','finetune')",
     "--config.pretrain.epochs=4",
+    "--config.pretrain.keep=best",
     "--config.finetune.epochs=4",
     "--config.prune.target.macs_ratio=0.5",
     "--config.prune.steps=4",

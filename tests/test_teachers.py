@@ -121,19 +121,43 @@ def test_a_vision_transformer_is_a_teacher_too():
     assert np.array_equal(logits, model.apply(model.params, images)) and logits.shape == (2, 5)
 
 
-def test_hard_distillation_equals_deits_formula():
-    """(1 - alpha) CE(mean of heads, label) + alpha CE(distillation head, argmax of the teacher), in PyTorch."""
+@pytest.mark.parametrize("tau", [None, 3.0])
+def test_distillation_equals_deits_formulas(tau):
+    """(1 - alpha) CE(mean of heads, label) + alpha (hard or soft loss of the distillation head), in PyTorch."""
     rng = np.random.default_rng(0)
-    logits, teacher, label = rng.standard_normal((6, 2, 5)), rng.standard_normal((6, 5)), rng.integers(0, 5, 6)
-    heads, y = torch.from_numpy(logits), torch.from_numpy(label)
-    cross = torch.nn.functional.cross_entropy
-    hard = cross(heads[:, 1], torch.from_numpy(teacher.argmax(-1)))
-    expected = 0.4 * cross(heads.mean(1), y) + 0.6 * hard
+    logits, teacher, label = rng.standard_normal((6, 2, 5)), 3 * rng.standard_normal((6, 5)), rng.integers(0, 5, 6)
+    heads, answer, y = (torch.from_numpy(x) for x in (logits, teacher, label))
+    f = torch.nn.functional
+    if tau is None:
+        part = f.cross_entropy(heads[:, 1], answer.argmax(-1))
+    else:
+        logs = (f.log_softmax(x / tau, -1) for x in (heads[:, 1], answer))
+        part = tau**2 * f.kl_div(*logs, reduction="batchmean", log_target=True)
+    expected = 0.4 * f.cross_entropy(heads.mean(1), y) + 0.6 * part
     with jax.enable_x64(True):
-        batch = {"label": label, "hard_teacher": jax.numpy.asarray(teacher)}
-        each, parts = objective_loss(Objective(hard_alpha=0.6), jax.numpy.asarray(logits), batch)
+        batch = {"label": label, "label_teacher": jax.numpy.asarray(teacher)}
+        objective = Objective(teacher_alpha=0.6, teacher_tau=tau)
+        each, parts = objective_loss(objective, jax.numpy.asarray(logits), batch)
         assert abs(float(each.mean()) - float(expected)) <= 1e-12
-        assert abs(float(parts["hard_loss"].mean()) - float(hard)) <= 1e-12
+        assert abs(float(parts["teacher_loss"].mean()) - float(part)) <= 1e-12
+
+
+def test_the_whole_loss_equals_pytorchs():
+    """Mixed and smoothed labels, and NViT's KL as its code computes it: nn.KLDivLoss with its default reduction."""
+    rng = np.random.default_rng(1)
+    logits, full, label = rng.standard_normal((6, 2, 5)), rng.standard_normal((6, 2, 5)), rng.integers(0, 5, (2, 6))
+    heads, unpruned, y = (torch.from_numpy(x) for x in (logits, full, label))
+    one_hot = 0.9 * torch.nn.functional.one_hot(y, 5).double() + 0.1 / 5
+    target = 0.3 * one_hot[0] + 0.7 * one_hot[1]
+    cross = -(target * heads.mean(1).log_softmax(-1)).sum(-1).mean()
+    divergence = torch.nn.KLDivLoss(reduction="none")
+    each = [divergence((heads[:, i] / 20).log_softmax(-1), (unpruned[:, i] / 20).softmax(-1)) for i in (0, 1)]
+    kl = (each[0].mean() + each[1].mean()) / 2  # "mean" warns that it divides by the classes, too, which is the point
+    batch = {"label": label[0], "mixed_label": label[1], "label_share": 0.3, "teacher": full}
+    with jax.enable_x64(True):
+        objective = Objective(smoothing=0.1, kl_weight=1e5, tau=20.0, kl_per_head=True)
+        found = objective_loss(objective, jax.numpy.asarray(logits), jax.tree.map(jax.numpy.asarray, batch))[0].mean()
+        assert abs(float(found) - float(cross + 1e5 * kl)) <= 1e-9 * float(found)
 
 
 @pytest.mark.parametrize("family", ["regnet", "vit"])
@@ -148,14 +172,19 @@ def test_finetuning_learns_from_any_classifier(family, finished, tmp_path, capsy
         facts = {"size": 8, "scale": 255.0, "mean": [0.3], "std": [0.2]}
         teacher = tmp_path / "teacher"
         save_regnet(teacher, RegNet(dims, params, {"preprocessing": facts}))
-    arguments = (f"--config.finetune.teacher={teacher}", "--config.finetune.hard_alpha=0.5", "--stage=finetune")
+    arguments = (f"--config.finetune.teacher={teacher}", "--config.finetune.teacher_alpha=0.5", "--stage=finetune")
     assert call("--workdir", workdir, *arguments, "--config.finetune.epochs=0.5", "--force") == 0
     lines = [json.loads(line) for line in (workdir / "finetune" / "log.jsonl").read_text().splitlines()]
     for line in lines:
-        label = 0.5 * line["label_loss"] + 0.5 * line["hard_loss"]
+        label = 0.5 * line["label_loss"] + 0.5 * line["teacher_loss"]
         assert abs(line["loss"] - label - 10.0 * line["kl_loss"]) <= 1e-4 * line["loss"]
-    assert call("--workdir", workdir, "--config.finetune.hard_alpha=0.5", "--stage=finetune", "--force") == 2
+    assert call("--workdir", workdir, "--config.finetune.teacher_alpha=0.5", "--stage=finetune", "--force") == 2
     assert "set both or none" in capsys.readouterr().err
+    again = [a.replace("finetune", "pretrain") for a in arguments]  # DeiT's own distillation, here a soft one
+    more = ("--config.pretrain.teacher_tau=3.0", "--config.pretrain.epochs=0.5")
+    assert call("--workdir", tmp_path / "P", *again, *more) == 0
+    for line in map(json.loads, (tmp_path / "P" / "pretrain" / "log.jsonl").read_text().splitlines()):
+        assert abs(line["loss"] - 0.5 * line["label_loss"] - 0.5 * line["teacher_loss"]) <= 1e-4 * line["loss"]
 
 
 def test_a_teacher_sees_the_pixels_that_it_was_trained_with(tmp_path):

@@ -8,13 +8,14 @@ import pytest
 from conftest import random_images, random_params, small_dims
 
 from nvit_jax import distill, optim, saliency
+from nvit_jax.dims import Units
 from nvit_jax.errors import UserError
 from nvit_jax.groups import expand, flatten
 from nvit_jax.losses import Objective, cross_entropy, kl_nvit, objective_loss
-from nvit_jax.masks import full_masks
+from nvit_jax.masks import full_masks, kept_dims
 from nvit_jax.parallel import Parallel
-from nvit_jax.prune import Plan, make_score_step
-from nvit_jax.ranking import Target
+from nvit_jax.prune import Plan, make_score_step, new_prune_state, prune_loop
+from nvit_jax.ranking import Ranking, Target
 
 
 def softmax(x):
@@ -105,6 +106,49 @@ def test_gradual_targets_fall_along_a_cubic_and_end_at_the_target():
     assert Plan(mode="one_shot").targets(0, [target]) == [target]
     with pytest.raises(UserError, match="prune.mode"):
         Plan(mode="magic")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_loop_averages_scores_and_trains_between_prunings(reset):
+    """NViT's loop: steps before the first pruning, too; momentum 0.9, and the average begun anew after the first."""
+    dims = small_dims()
+    full = full_masks(dims)
+    asked, seen = [], []
+
+    def train(state, until):
+        asked.append((int(state.prunings), until))
+        return state.train._replace(step=jnp.int32(until))
+
+    def score(state, pruning):
+        return Units(*(np.full(m.shape, 10.0**pruning) for m in full))
+
+    def rank(scores, masks, pruning):
+        seen.append(scores.mlp[0, 0])
+        masks = masks._replace(mlp=np.where(np.arange(masks.mlp.shape[1]) < pruning + 1, 0, masks.mlp))
+        return Ranking(masks, kept_dims(masks, dims), [], False, 0)
+
+    optimizer = optim.adamw(1e-3, weight_decay=0.0)
+    begin = distill.new_state(random_params(dims, dtype=np.float32), optimizer, 0, masks=full)
+    target = Target("mlp", lambda d: float(sum(d.mlp)), 2 * dims.mlp[0] - 8.0, 0.0)  # four prunings of 2 neurons
+    lines = []
+    state = prune_loop(
+        new_prune_state(begin),
+        dims=dims,
+        plan=Plan(mode="iterative", warmup=5, interval=3, ema=0.9, reset_scores=reset),
+        rank=rank,
+        targets=[target],
+        score=score,
+        train=train,
+        monitor=Recorder(),
+        evaluate=lambda s: {},
+        predict_ms=None,
+        record=lines.append,
+    )
+    assert asked == [(0, 5), (1, 8), (2, 11), (3, 14)] and [line["step"] for line in lines] == [5, 8, 11, 14]
+    second = (0.0 if reset else 0.9 * 1) + 0.1 * 10
+    third = 0.9 * second + 0.1 * 100
+    assert seen == pytest.approx([1, second, third, 0.9 * third + 0.1 * 1000])
+    assert state.met and int(state.prunings) == 4 and np.asarray(state.train.masks.mlp).sum(1).tolist() == [8, 8]
 
 
 def test_pruning_steps_do_not_recompile():

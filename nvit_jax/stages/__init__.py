@@ -40,6 +40,7 @@ FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "report": measure.make_report,
     "preview": preview.preview_augmentation,
 }
+TEACHERS = ("pretrain.teacher", "prune.teacher", "finetune.teacher")
 _INPUTS = {  # the stages whose results a stage reads where they exist
     "pretrain": (),
     "latency": ("pretrain",),
@@ -79,10 +80,10 @@ def _run_stage(config: ConfigDict, workdir: pathlib.Path, name: str, *, force: b
     if name == "report":
         directories |= {f"compare/{c}": StageDir(workdir / "compare" / c, "eval") for c in config.compare}
     inputs = {other: directory.id() for other, directory in directories.items() if directory.done()}
-    # What the user gives stands for its content.
-    for key in ("model", "data.path", "pretrain.start", "latency.table", "prune.teacher", "finetune.teacher"):
+    # What the user gives stands for its content; folders of images are too large to be read for that.
+    for key in ("model", "data.path", "pretrain.start", "latency.table", *TEACHERS):
         value = flatten_config(handed).get(key)
-        if value and pathlib.Path(value).exists():
+        if value and pathlib.Path(value).exists() and (key != "data.path" or pathlib.Path(value).is_file()):
             inputs[key] = fingerprint(pathlib.Path(value))
     if not main_decides(lambda: stage.begin(flatten_config(handed), inputs, force=force)):
         stage.say("finished before; --force redoes it")

@@ -80,9 +80,12 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     c = run.config
     inputs = (run.stage.record() or {})["inputs"]  # ids of what this stage reads
     found, ids = {"dense": dense_model(run)}, {"dense": inputs.get("model") or inputs["pretrain"]}
+    places = {"pruned": run.workdir / "prune" / "model", "finetuned": run.workdir / "finetune" / "model"}
+    if run.other("finetune").done() and (ratio := run.other("finetune").keys().get("finetune.snapshot")) is not None:
+        places["pruned"] = run.workdir / "prune" / "snapshots" / str(ratio) / "model"  # what the finetuned one was
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
-            found[name], ids[name] = load_model(run.workdir / stage / "model"), inputs[stage]
+            found[name], ids[name] = load_model(places[name]), f"{inputs[stage]} {places[name].parent.name}"
     dataset = load_data(run, found["dense"].dims, found["dense"].info)
     parallel = Parallel.create(c.parallel)
     known_path = run.stage.path / "scores.json"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim, prune, ranking, timing
 from nvit_jax.api import Model, save_model
-from nvit_jax.checkpoint import saving
+from nvit_jax.checkpoint import read_json, saving
 from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
@@ -53,12 +53,15 @@ def prune_model(run: Run) -> dict[str, Any]:
         raise UserError("prune.snapshots needs a latency model: run the latency stage, or set config.latency.table")
     plan = prune.Plan(
         mode=p.mode,
+        warmup=p.interval if p.plain_first else 0,
         interval=p.interval,
         steps=p.steps,
         groups_per_step=p.groups_per_step,
         ema=p.ema,
         reset_scores=p.reset_scores,
     )
+    if not _measured(run):  # what is measured at the end must fit
+        timing.measure([dims], batch=c.latency.batch, dtype=c.dtype, repeats=1)
     state = _prune(run, dense, dataset, rules.ranker(p, dims, policy, targets, plan, predict), targets, plan, predict)
 
     compact_dims, difference = _finish(run, dense, state, dataset)
@@ -74,6 +77,7 @@ def prune_model(run: Run) -> dict[str, Any]:
         "macs_ratio": count_macs(compact_dims) / count_macs(dims),
         "params_ratio": count_params(compact_dims) / count_params(dims),
         "predicted_latency_ms": predicted,
+        "latency_source": predict.device if predict else None,
         "measured_latency_ms": compact_ms,
         "dense_latency_ms": dense_ms,
         "masked_vs_compact_max_abs_diff": difference,
@@ -85,10 +89,23 @@ def prune_model(run: Run) -> dict[str, Any]:
     stage.say(
         f"{p.criterion}: asked {asked}; MACs x{result['macs_ratio']:.3f}, "
         f"params x{result['params_ratio']:.3f}, latency "
-        + (f"predicted x{result['predicted_latency_ratio']:.3f}, " if predict else "")
+        + (f"predicted x{result['predicted_latency_ratio']:.3f}{_of_another_device(predict)}, " if predict else "")
         + f"measured x{result['latency_ratio']:.3f}, {int(state.prunings)} prunings, {stage.seconds():.0f} s"
     )
+    for ratio in p.snapshots:
+        if not (stage.path / "snapshots" / str(ratio)).exists():
+            stage.say(f"warning: prune.snapshots: {ratio} of the latency was not reached, there is no such snapshot")
     return result
+
+
+def _measured(run: Run) -> bool:
+    """Whether the latency stage has timed the dense model."""
+    path = run.workdir / "latency" / "metrics.json"
+    return run.other("latency").done() and read_json(path).get("dense_latency_ms") is not None
+
+
+def _of_another_device(predict: rules.LatencyModel) -> str:
+    return "" if predict.device == timing.device_name() else f" ({predict.device})"
 
 
 def _finish(run: Run, dense: Model, state: prune.PruneState, dataset: data.Dataset) -> tuple[ViTDims, float]:
@@ -128,14 +145,15 @@ def _phase(
         label_weight=p.label_weight,
         kl_weight=0.0 if p.plain_first and first else p.kl_weight,
         tau=p.tau,
-        hard_alpha=p.hard_alpha,
+        teacher_alpha=p.teacher_alpha,
+        teacher_tau=p.teacher_tau,
     )
     train = distill.make_train_step(
         dims,
         optimizer,
         objective,
         teacher_dims=dims,
-        hard_teacher=functools.partial(teacher.logits, dtype=compute_dtype(c)) if teacher else None,
+        label_teacher=functools.partial(teacher.logits, dtype=compute_dtype(c)) if teacher else None,
         dtype=compute_dtype(c),
         drop_path=0.0 if p.plain_first and not first else p.drop_path,
     )
@@ -145,7 +163,7 @@ def _phase(
         rules.criterion(p),
         p.score.loss,
         objective,
-        hard_teacher=teacher.logits if teacher else None,
+        label_teacher=teacher.logits if teacher else None,
         remat=p.score.remat,
     )
     return augment.compile(train), augment.compile_plain(score)
@@ -224,7 +242,7 @@ def _prune(
     score_stream.report = stage.say
     stack.callback(score_stream.close)
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
-    hard_params = None if teacher_model is None else parallel.place(teacher_model.params)
+    label_params = None if teacher_model is None else parallel.place(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
     later = _phase(c, dims, optimizer, augment, teacher_model, first=False)
     steps = [_phase(c, dims, optimizer, augment, teacher_model, first=True) if p.plain_first else later, later]
@@ -250,7 +268,7 @@ def _prune(
             batch = parallel.shard(batch)
             part = jax.tree.map(
                 lambda s: np.asarray(s, np.float64),
-                steps[pruning > 0][1](distill.Inputs(train, teacher, hard_params), batch),
+                steps[pruning > 0][1](distill.Inputs(train, teacher, label_params), batch),
             )
             total = part if total is None else jax.tree.map(np.add, total, part)
         scores = jax.tree.map(lambda s: s / batches, total)
@@ -267,7 +285,7 @@ def _prune(
         step = steps[int(state.prunings) > 0][0]
         return distill.fit(
             parallel.place(state.train),
-            lambda s, batch: step(distill.Inputs(s, teacher, hard_params), parallel.shard(batch)),
+            lambda s, batch: step(distill.Inputs(s, teacher, label_params), parallel.shard(batch)),
             stream,
             until,
             stage,
@@ -277,7 +295,7 @@ def _prune(
             save_offset=int(state.prunings),
         )
 
-    total = (plan.steps - 1) * plan.interval if plan.mode == "gradual" else None
+    total = plan.warmup + (plan.steps - 1) * plan.interval if plan.mode == "gradual" else None
     with matmul_precision(c), stage.progress(total, first), stack:
         return prune.prune_loop(
             state,

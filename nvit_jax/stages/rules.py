@@ -13,14 +13,16 @@ from nvit_jax.dims import Units, ViTDims
 from nvit_jax.errors import UserError
 from nvit_jax.stages.common import Run
 
+_RELEASED_GROUP = 16  # units by which the released engine counts what one of its iterations removes
 _DISORDER = 0.1  # a change by smoothing that is worth a warning
 
 
 def policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
     """How units are grouped and compared."""
+    sizes = ranking.group_sizes(p.profile)
     return ranking.Policy(
-        sizes=ranking.group_sizes(p.profile),
-        floors=dict(p.floors),
+        sizes=sizes,
+        floors=sizes if p.rule == "nvit" else dict(p.floors),  # the released engine keeps one group of each
         kinds=tuple(p.kinds),
         protected=tuple(p.protected),
         align=p.align,
@@ -58,7 +60,7 @@ def ranker(
         predict,
         eta=p.eta,
         done=pruning,
-        groups=plan.groups_per_step,
+        per_iteration=_RELEASED_GROUP * plan.groups_per_step,
     )
 
 
@@ -88,15 +90,15 @@ def latency_model(run: Run, dims: ViTDims) -> LatencyModel | None:
     path = pathlib.Path(given) if given else run.workdir / "latency" / "table.json"
     values = read_json(path)
     if isinstance(values, dict) and any(str(key).startswith("EMB_") for key in values):
-        found: LatencyModel = _released_table(path, dims)
+        found: latency.LatencyTable | nvit.ReleasedTable = _released_table(path, dims)
     else:
         found = latency.LatencyTable(values, str(path))
         found.check_for(dims, c.latency.batch, c.dtype)
-        if found.disorder > _DISORDER:
-            run.stage.say(
-                f"warning: {path}: a wider piece is faster than a narrower one, smoothing changes a cell by "
-                f"{found.disorder:.0%}; measure again on a quiet machine"
-            )
+    if found.disorder > _DISORDER:
+        run.stage.say(
+            f"warning: {path}: a wider piece is faster than a narrower one, smoothing would change a cell by "
+            f"{found.disorder:.0%}; measure again on a quiet machine"
+        )
     if found.device != timing.device_name():
         run.stage.say(f"warning: latency was measured on {found.device}, this is {timing.device_name()}")
     return found

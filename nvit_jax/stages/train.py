@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim, sparsity
 from nvit_jax.api import Model, load_model, save_model
+from nvit_jax.checkpoint import read_json, recover
 from nvit_jax.config import STAGES
 from nvit_jax.dims import ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
@@ -30,7 +32,6 @@ from nvit_jax.stages.common import (
     need,
     read_teacher,
 )
-from nvit_jax.teachers import Teacher
 
 _SCORE_BATCHES = 64  # of finetune.sparsity="gradient", and at most one pass over the train split
 
@@ -41,16 +42,26 @@ def _fit_stage(
     dims: ViTDims,
     params: Any,
     dataset: data.Dataset,
-    objective: Objective,
-    teacher: Model | None,
-    hard_teacher: Teacher | None = None,
+    teacher: Model | None = None,
     sparse: str | None = None,
+    **kl: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics.
 
+    `teacher` is the unpruned model, `kl` what the objective says of it.
     `sparse` is the score by which 2:4 masks are chosen before the first step; they are kept through all of them.
     """
     config, stage = run.config, run.stage
+    objective = Objective(
+        label_weight=section.label_weight,
+        smoothing=section.smoothing,
+        teacher_alpha=section.teacher_alpha,
+        teacher_tau=section.teacher_tau,
+        **kl,
+    )
+    label_teacher = None
+    if section.teacher:
+        label_teacher = read_teacher(section.teacher, f"{stage.name}.teacher", dims, dataset.preprocessing)
     parallel = Parallel.create(config.parallel)
     parallel.check_batch(section.batch // section.accumulate, f"config.{stage.name}.batch / accumulate")
     augment, split = augmentation(run, dataset, parallel), dataset.split("train")
@@ -66,8 +77,8 @@ def _fit_stage(
         clip_norm=section.clip_norm,
     )
     teacher_params = None if teacher is None else parallel.place(teacher.params)
-    hard_params = None if hard_teacher is None else parallel.place(hard_teacher.params)
-    hard_logits = functools.partial(hard_teacher.logits, dtype=compute_dtype(config)) if hard_teacher else None
+    label_params = None if label_teacher is None else parallel.place(label_teacher.params)
+    label_logits = functools.partial(label_teacher.logits, dtype=compute_dtype(config)) if label_teacher else None
 
     def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
         step = augment.compile(
@@ -76,14 +87,14 @@ def _fit_stage(
                 optimizer,
                 objective,
                 teacher_dims=teacher.dims if teacher else None,
-                hard_teacher=hard_logits,
+                label_teacher=label_logits,
                 dtype=compute_dtype(config),
                 accumulate=section.accumulate,
                 remat=section.remat,
                 **regularisation,
             )
         )
-        return lambda state, batch: step(distill.Inputs(state, teacher_params, hard_params), parallel.shard(batch))
+        return lambda state, batch: step(distill.Inputs(state, teacher_params, label_params), parallel.shard(batch))
 
     def squared_gradients() -> Params:
         optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, per_epoch)
@@ -119,6 +130,14 @@ def _fit_stage(
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     state = parallel.place(state)
+    best = _Best(stage.path / "best", dims) if section.keep == "best" else None
+
+    def check(state: distill.TrainState) -> dict[str, Any]:
+        found = val(_trained(state), None)
+        if best:
+            best.offer(found["top1"], int(state.step), _trained(state))
+        return found
+
     began = time.monotonic()
     with matmul_precision(config), stage.progress(steps, first), contextlib.closing(stream):
         state = distill.fit(
@@ -129,18 +148,44 @@ def _fit_stage(
             stage,
             log_every=section.log_every,
             save_every=section.save_every,
-            evaluate=lambda s: val(_trained(s), None),
+            evaluate=check,
             eval_every=section.eval_every,
             learning_rate=schedule,
         )
-    trained = fetch(_trained(state))
     seconds = time.monotonic() - began
+    trained, step = best.read() if best else (fetch(_trained(state)), steps)
     return trained, {
         "steps": steps,
+        "step": step,  # after which the model is taken
         "val_top1": val(parallel.place(trained), None)["top1"],
         "input_wait": stream.waited / max(seconds, 1e-9),  # of the time of the training loop
         "matmul_precision": config.matmul_precision,
     }
+
+
+class _Best:
+    """The evaluated model with the highest val top-1 of a training, the earliest of equals, in STAGE/best/.
+
+    It outlives a kill. A later model that a killed run has left there comes again when the run is resumed.
+    """
+
+    def __init__(self, place: pathlib.Path, dims: ViTDims) -> None:
+        self._place, self._dims, self.top1 = place, dims, -1.0
+        recover(place)
+        if place.is_dir():
+            self.top1 = read_json(place / "model.json")["provenance"]["val_top1"]
+
+    def offer(self, top1: float, step: int, params: Params) -> None:
+        """Keep it if it is better."""
+        if top1 > self.top1:
+            facts = {"provenance": {"val_top1": top1, "step": step}}
+            save_model(self._place, Model(self._dims, fetch(params), info=facts))
+            self.top1 = top1
+
+    def read(self) -> tuple[Params, int]:
+        """(parameters, step)."""
+        model = load_model(self._place)
+        return model.params, model.info["provenance"]["step"]
 
 
 def _say(run: Run, metrics: dict[str, Any]) -> None:
@@ -164,8 +209,7 @@ def pretrain(run: Run) -> dict[str, Any]:
         dims = dims_from_config(c.vit)
         dataset = load_data(run, dims)
         params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
-    objective = Objective(label_weight=s.label_weight, smoothing=s.smoothing)
-    trained, metrics = _fit_stage(run, s, dims, params, dataset, objective, None)
+    trained, metrics = _fit_stage(run, s, dims, params, dataset)
     variant, facts = c.vit.preset, {"stage": "pretrain", "seed": c.seed}
     if s.start:
         variant, facts = given.info.get("variant"), facts | {"from": s.start}
@@ -181,22 +225,22 @@ def finetune(run: Run) -> dict[str, Any]:
     place = need(run, "prune").path
     pruned = load_model(place / "model" if s.snapshot is None else place / "snapshots" / str(s.snapshot) / "model")
     dataset = load_data(run, pruned.dims, pruned.info)
-    objective = Objective(
-        label_weight=s.label_weight,
-        kl_weight=s.kl_weight,
-        tau=s.tau,
-        kl_per_head=True,
-        smoothing=s.smoothing,
-        hard_alpha=s.hard_alpha,
-    )
-    hard_teacher = (
-        read_teacher(s.teacher, "finetune.teacher", pruned.dims, dataset.preprocessing) if s.teacher else None
-    )
-    teacher = dense_model(run) if objective.needs_teacher else None
+    teacher = dense_model(run) if s.kl_weight else None
     params = pruned.params
     if s.from_scratch:
         params = models.init(pruned.dims, jax.random.key(c.seed), std=s.init_std, position_std=s.position_std)
-    trained, metrics = _fit_stage(run, s, pruned.dims, params, dataset, objective, teacher, hard_teacher, s.sparsity)
+    trained, metrics = _fit_stage(
+        run,
+        s,
+        pruned.dims,
+        params,
+        dataset,
+        teacher,
+        s.sparsity,
+        kl_weight=s.kl_weight,
+        tau=s.tau,
+        kl_per_head=True,
+    )
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
     if s.sparsity:
         sparsity.check(sparsity.matrices(trained))

@@ -30,8 +30,10 @@ def cell(base: pathlib.Path, place: pathlib.Path, criterion: str, rule: str, sha
     """One pruning and finetuning of the dense model under `base`."""
     more = [*shared, f"--config.prune.criterion={criterion}", f"--config.prune.rule={rule}"]
     if rule == "eta":
-        price = read_lines(place.with_name(f"{criterion}-per_cost") / "prune" / "history.jsonl")[-1]["threshold"]
-        more.append(f"--config.prune.eta={price}")
+        other = place.with_name(f"{criterion}-per_cost") / "prune"
+        found = read_json(other / "metrics.json")  # its price is per fraction of the dense latency
+        dense_ms = found["predicted_latency_ms"] / found["predicted_latency_ratio"]
+        more.append(f"--config.prune.eta={read_lines(other / 'history.jsonl')[-1]['threshold'] / dense_ms}")
     place.mkdir(parents=True, exist_ok=True)
     for stage in ("pretrain", "latency"):
         if not (place / stage).exists():
