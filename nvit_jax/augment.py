@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from nvit_jax.errors import UserError
-from nvit_jax.images import Box, training_view
+from nvit_jax.images import Box, resize_box, training_view
 
 _LEVELS = 10.0  # magnitudes run from 0 to this
 _SHIFT = 0.45  # of the side, at the highest magnitude
@@ -175,13 +175,16 @@ class TrainCrop:
 
         if isinstance(content, np.ndarray):
             image = Image.fromarray(content.squeeze(-1) if self.channels == 1 else content)
-            image = image.crop(choose(image.size)).resize((self.size, self.size), Image.Resampling.BICUBIC)
+            view = resize_box(image, choose(image.size), self.size)
         else:
-            image = training_view(content, self.channels, self.size, choose, fast=self.fast)
+            view = training_view(content, self.channels, self.size, choose, fast=self.fast)
         if rng.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            view = np.ascontiguousarray(view[:, ::-1])
+        if self.rand_augment is None and not self.jitter:
+            return view
+        image = Image.fromarray(view.squeeze(-1) if self.channels == 1 else view)
         if self.rand_augment is not None:
             image = self.rand_augment(image, rng, self.fill)
-        elif self.jitter:
+        else:
             image = color_jitter(image, rng, self.jitter)
-        return np.asarray(image).reshape(self.size, self.size, self.channels)
+        return np.asarray(image).reshape(view.shape)

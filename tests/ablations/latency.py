@@ -48,6 +48,14 @@ def main() -> None:
     errors = predicted / np.array(measured) - 1
     found = {
         "device": timing.device_name(),
+        "versions": {name: table.values.get(name) for name in ("jax", "jaxlib", "python", "nvit_jax")},
+        "seed": options.seed,
+        "table": {
+            "models": len(table.values["models"]),
+            "cells": len(table.values["cells"]),
+            "leave_one_out_error": table.leave_one_out,
+            "factors": table.factors.tolist(),
+        },
         "batch": table.batch,
         "dtype": table.dtype,
         "median_error": float(np.median(np.abs(errors))),
