@@ -15,6 +15,7 @@ from nvit_jax.config import check_config
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params, preset, revit
 from nvit_jax.errors import UserError
 from nvit_jax.masks import full_masks, kept_dims
+from nvit_jax.ranking import group_sizes
 from nvit_jax.workdir import read_lines
 
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -112,7 +113,7 @@ def test_runs_from_the_stored_contributions(run, groups, iterations, table):
 
 
 def test_the_rule_runs_a_whole_pruning(finished, tmp_path, capsys):
-    """Iterative, shared, with the device's own latency model; deterministic, and the last run of a layer stays."""
+    """Iterative, shared, with the device's own latency model."""
     shutil.copytree(finished / "pretrain", tmp_path / "W" / "pretrain")
     shutil.copytree(finished / "latency", tmp_path / "W" / "latency")
     values = {
@@ -227,10 +228,18 @@ def test_the_configs_say_what_the_paper_says(name):
             check_config(c)
         c.prune.teacher = c.finetune.teacher = "regnety_160"
     check_config(c)
-    assert "Ours: not run" in module.__doc__ and f"configs/{name}.py" in module.__doc__
+    needed = ("Ours: not run", f"configs/{name}.py", "Published: ", "Hardware", "Expected time, computed", "top-1")
+    assert all(words in module.__doc__ for words in needed)
     if name.startswith("nvit"):
         ratios = (*c.prune.snapshots, c.prune.target.latency_ratio)
         assert ratios == (0.54, 0.50, 0.39, 0.19)[: len(ratios)]
+        p, f = c.prune, c.finetune  # design.md sections 7 and 9, as the released commands set them
+        assert (p.criterion, p.rule, p.align, p.mode, p.eta) == ("taylor", "nvit", "shared", "iterative", 5e-4)
+        assert (p.interval, p.groups_per_step, p.ema, p.reset_scores, p.plain_first) == (100, 2, 0.9, True, True)
+        assert group_sizes(p.profile) == {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
+        assert (p.label_weight, p.teacher_alpha, p.kl_weight, p.tau, p.drop_path) == (1.0, 0.5, 1e5, 3.0, 0.1)
+        assert (f.epochs, f.label_weight, f.teacher_alpha, f.kl_weight, f.tau) == (300, 1.0, 0.5, 1e5, 20.0)
+        assert (f.drop_path, f.teacher_tau, f.ema, f.smoothing) == (0.0, None, 0.99996, 0.1)
         assert c.finetune.learning_rate * c.finetune.batch / c.finetune.learning_rate_batch == pytest.approx(1.8e-3)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Objective
 from nvit_jax.parallel import Parallel, fetch
+from nvit_jax.pipeline import Stream
 from nvit_jax.stages.common import (
     Run,
     augmentation,
@@ -36,101 +38,113 @@ from nvit_jax.stages.common import (
 _SCORE_BATCHES = 64  # of finetune.sparsity="gradient", and at most one pass over the train split
 
 
-def _fit_stage(
-    run: Run,
-    section: ConfigDict,
-    dims: ViTDims,
-    params: Any,
-    dataset: data.Dataset,
-    teacher: Model | None = None,
-    sparse: str | None = None,
-    **kl: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Train `params` by one config section, resuming from a saved state. Returns the parameters and metrics.
+class _Training:
+    """What a config section says of a training run: objective, batches, schedule, and the compiled step."""
 
-    `teacher` is the unpruned model, `kl` what the objective says of it.
-    `sparse` is the score by which 2:4 masks are chosen before the first step; they are kept through all of them.
-    """
-    config, stage = run.config, run.stage
-    objective = Objective(
-        label_weight=section.label_weight,
-        smoothing=section.smoothing,
-        teacher_alpha=section.teacher_alpha,
-        teacher_tau=section.teacher_tau,
-        **kl,
-    )
-    label_teacher = None
-    if section.teacher:
-        label_teacher = read_teacher(section.teacher, f"{stage.name}.teacher", dims, dataset.preprocessing)
-    parallel = Parallel.create(config.parallel)
-    parallel.check_batch(section.batch // section.accumulate, f"config.{stage.name}.batch / accumulate")
-    augment, split = augmentation(run, dataset, parallel), dataset.split("train")
-    seed = (config.seed, STAGES.index(stage.name))
-    stream = augment.stream(split, section.batch, seed, stage.say)
-    per_epoch = len(split) // section.batch
-    steps, warmup = round(section.epochs * per_epoch), round(section.warmup_epochs * per_epoch)
-    rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
-    schedule = optim.schedule(rate, steps, warmup, section.final_learning_rate)
-    adamw = optim.adamw(
-        schedule,
-        weight_decay=section.weight_decay,
-        clip_norm=section.clip_norm,
-    )
-    teacher_params = None if teacher is None else parallel.place(teacher.params)
-    label_params = None if label_teacher is None else parallel.place(label_teacher.params)
-    label_logits = functools.partial(label_teacher.logits, dtype=compute_dtype(config)) if label_teacher else None
+    def __init__(
+        self, run: Run, section: ConfigDict, dims: ViTDims, dataset: data.Dataset, teacher: Model | None, **kl: Any
+    ) -> None:
+        """`teacher` is the unpruned model, `kl` what the objective says of it."""
+        self.run, self.section, self.dims, self.teacher = run, section, dims, teacher
+        self.objective = Objective(
+            label_weight=section.label_weight,
+            smoothing=section.smoothing,
+            teacher_alpha=section.teacher_alpha,
+            teacher_tau=section.teacher_tau,
+            **kl,
+        )
+        self.label_teacher = None
+        if section.teacher:
+            key = f"{run.stage.name}.teacher"
+            self.label_teacher = read_teacher(section.teacher, key, dims, dataset.preprocessing)
+        self.parallel = Parallel.create(run.config.parallel)
+        self.parallel.check_batch(section.batch // section.accumulate, f"config.{run.stage.name}.batch / accumulate")
+        self._augment, self._split = augmentation(run, dataset, self.parallel), dataset.split("train")
+        self.per_epoch = len(self._split) // section.batch
+        self.steps = round(section.epochs * self.per_epoch)
+        warmup = round(section.warmup_epochs * self.per_epoch)
+        rate = section.learning_rate * section.batch / (section.learning_rate_batch or section.batch)
+        self.schedule = optim.schedule(rate, self.steps, warmup, section.final_learning_rate)
+        self.adamw = optim.adamw(self.schedule, weight_decay=section.weight_decay, clip_norm=section.clip_norm)
 
-    def compiled(optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
-        step = augment.compile(
+    def stream(self, *more: int) -> Stream:
+        """Its batches; with `more` in the seed, others."""
+        seed = (self.run.config.seed, STAGES.index(self.run.stage.name), *more)
+        return self._augment.stream(self._split, self.section.batch, seed, self.run.stage.say)
+
+    def compiled(self, optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
+        """(state on the devices, host batch) -> (state, metrics)."""
+        dtype, parallel, teachers = compute_dtype(self.run.config), self.parallel, (self.teacher, self.label_teacher)
+        step = self._augment.compile(
             distill.make_train_step(
-                dims,
+                self.dims,
                 optimizer,
-                objective,
-                teacher_dims=teacher.dims if teacher else None,
-                label_teacher=label_logits,
-                dtype=compute_dtype(config),
-                accumulate=section.accumulate,
-                remat=section.remat,
+                self.objective,
+                teacher_dims=self.teacher.dims if self.teacher else None,
+                label_teacher=functools.partial(self.label_teacher.logits, dtype=dtype) if self.label_teacher else None,
+                dtype=dtype,
+                accumulate=self.section.accumulate,
+                remat=self.section.remat,
                 **regularisation,
             )
         )
-        return lambda state, batch: step(distill.Inputs(state, teacher_params, label_params), parallel.shard(batch))
+        placed = [None if teacher is None else parallel.place(teacher.params) for teacher in teachers]
+        return lambda state, batch: step(distill.Inputs(state, *placed), parallel.shard(batch))
 
-    def squared_gradients() -> Params:
-        optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, per_epoch)
-        state = parallel.place(distill.new_state(params, optimizer, config.seed))
-        step = compiled(optimizer)
-        with (
-            matmul_precision(config),
-            contextlib.closing(augment.stream(split, section.batch, (*seed, 1), stage.say)) as batch,
-        ):
+    def squared_gradients(self, params: Params) -> Params:
+        """Mean over batches of (dl/dw)^2."""
+        optimizer, batches = sparsity.sum_of_squares(), min(_SCORE_BATCHES, self.per_epoch)
+        state = self.parallel.place(distill.new_state(params, optimizer, self.run.config.seed))
+        step = self.compiled(optimizer)
+        with matmul_precision(self.run.config), contextlib.closing(self.stream(1)) as batch:
             for number in range(batches):
                 state, _ = step(state, batch(number))
         return jax.tree.map(lambda s: s / batches, fetch(state.opt_state))
 
-    def begin(masks: Params | None) -> tuple[optax.GradientTransformation, distill.TrainState]:
-        optimizer, start = adamw, params
+    def begin(self, params: Params, masks: Params | None) -> tuple[optax.GradientTransformation, distill.TrainState]:
+        """The optimizer and the state before the first step; 2:4 masks are kept by the optimizer."""
+        optimizer, start = self.adamw, params
         if masks is not None:
-            optimizer, start = sparsity.held(adamw, masks), sparsity.apply(params, masks)
-        return optimizer, distill.new_state(start, optimizer, config.seed, ema=section.ema > 0)
+            optimizer, start = sparsity.held(self.adamw, masks), sparsity.apply(params, masks)
+        return optimizer, distill.new_state(start, optimizer, self.run.config.seed, ema=self.section.ema > 0)
 
-    val = evaluator(dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config), report=stage.say)
+
+def _begin_or_resume(
+    training: _Training, params: Params, sparse: str | None, val: Callable[[Any, Any], dict[str, Any]]
+) -> tuple[optax.GradientTransformation, distill.TrainState]:
+    """The optimizer and the newest saved state, on the host, or the one before the first step."""
+    stage = training.run.stage
     # By magnitude; a saved state brings masks of its own, and these say what shapes they have.
-    optimizer, state = begin(sparsity.find_masks(params) if sparse else None)
+    optimizer, state = training.begin(params, sparsity.find_masks(params) if sparse else None)
     if (found := stage.saver.restore(state, stage.say)) is not None:
         state = distill.TrainState(*found[1])
         stage.say(f"resumes at step {found[0]}")
     elif sparse:
         if sparse == "gradient":
-            optimizer, state = begin(sparsity.find_masks(params, squared_gradients()))
+            masks = sparsity.find_masks(params, training.squared_gradients(params))
+            optimizer, state = training.begin(params, masks)
+        top1 = val(training.parallel.place(state.params), None)["top1"]
         stage.say(
-            f"{sparsity.PATTERN} by {sparse}: {sparsity.count_nonzero(state.params):,} of {count_params(dims):,} "
-            f"parameters stay, val top-1 {val(parallel.place(state.params), None)['top1']:.1%} before training"
+            f"{sparsity.PATTERN} by {sparse}: {sparsity.count_nonzero(state.params):,} of "
+            f"{count_params(training.dims):,} parameters stay, val top-1 {top1:.1%} before training"
         )
+    return optimizer, state
+
+
+def _fit_stage(
+    training: _Training, params: Any, dataset: data.Dataset, sparse: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Train `params`, resuming from a saved state. Returns the parameters and metrics.
+
+    `sparse` is the score by which 2:4 masks are chosen before the first step; they are kept through all of them.
+    """
+    section, parallel = training.section, training.parallel
+    config, stage = training.run.config, training.run.stage
+    val = evaluator(training.dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config), report=stage.say)
+    optimizer, state = _begin_or_resume(training, params, sparse, val)
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
-    state = parallel.place(state)
-    best = _Best(stage.path / "best", dims) if section.keep == "best" else None
+    best = _Best(stage.path / "best", training.dims) if section.keep == "best" else None
 
     def check(state: distill.TrainState) -> dict[str, Any]:
         found = val(_trained(state), None)
@@ -139,23 +153,27 @@ def _fit_stage(
         return found
 
     began = time.monotonic()
-    with matmul_precision(config), stage.progress(steps, first), contextlib.closing(stream):
+    with (
+        matmul_precision(config),
+        stage.progress(training.steps, first),
+        contextlib.closing(training.stream()) as stream,
+    ):
         state = distill.fit(
-            state,
-            compiled(optimizer, drop_path=section.drop_path, dropout=section.dropout, ema_decay=section.ema),
+            parallel.place(state),
+            training.compiled(optimizer, drop_path=section.drop_path, dropout=section.dropout, ema_decay=section.ema),
             stream,
-            steps,
+            training.steps,
             stage,
             log_every=section.log_every,
             save_every=section.save_every,
             evaluate=check,
             eval_every=section.eval_every,
-            learning_rate=schedule,
+            learning_rate=training.schedule,
         )
     seconds = time.monotonic() - began
-    trained, step = best.read() if best else (fetch(_trained(state)), steps)
+    trained, step = best.read() if best else (fetch(_trained(state)), training.steps)
     return trained, {
-        "steps": steps,
+        "steps": training.steps,
         "step": step,  # after which the model is taken
         "val_top1": val(parallel.place(trained), None)["top1"],
         "input_wait": stream.waited / max(seconds, 1e-9),  # of the time of the training loop
@@ -209,7 +227,7 @@ def pretrain(run: Run) -> dict[str, Any]:
         dims = dims_from_config(c.vit)
         dataset = load_data(run, dims)
         params = models.init(dims, jax.random.key(c.seed), std=c.vit.init_std, position_std=c.vit.position_std)
-    trained, metrics = _fit_stage(run, s, dims, params, dataset)
+    trained, metrics = _fit_stage(_Training(run, s, dims, dataset, None), params, dataset)
     variant, facts = c.vit.preset, {"stage": "pretrain", "seed": c.seed}
     if s.start:
         variant, facts = given.info.get("variant"), facts | {"from": s.start}
@@ -229,18 +247,9 @@ def finetune(run: Run) -> dict[str, Any]:
     params = pruned.params
     if s.from_scratch:
         params = models.init(pruned.dims, jax.random.key(c.seed), std=s.init_std, position_std=s.position_std)
-    trained, metrics = _fit_stage(
-        run,
-        s,
-        pruned.dims,
-        params,
-        dataset,
-        teacher,
-        s.sparsity,
-        kl_weight=s.kl_weight,
-        tau=s.tau,
-        kl_per_head=True,
-    )
+    kl = {"kl_weight": s.kl_weight, "tau": s.tau, "kl_per_head": True}
+    training = _Training(run, s, pruned.dims, dataset, teacher, **kl)
+    trained, metrics = _fit_stage(training, params, dataset, s.sparsity)
     info = pruned.info | {"provenance": pruned.info["provenance"] | {"stage": "finetune", "steps": metrics["steps"]}}
     if s.sparsity:
         sparsity.check(sparsity.matrices(trained))
