@@ -20,6 +20,7 @@ does not find the others by itself (it does on Cloud TPU, SLURM, Open MPI, Kuber
 
 import pathlib
 import sys
+import traceback
 
 
 def main(argv: list[str]) -> int:
@@ -33,11 +34,22 @@ def main(argv: list[str]) -> int:
         return _run(argv)
     except (UserError, FloatingPointError) as error:
         return _failed(str(error), 2)
-    except RuntimeError as error:
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if "RESOURCE_EXHAUSTED" in first:
+            more = "lower the batch, or set accumulate or remat in its section, or config.parallel=fsdp"
+            return _failed(f"the device has too little memory ({first[:200]}); {more}", 2)
         if not _several():
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return _failed(f"a process of this run failed or was lost ({first}); the same command on all hosts resumes", 1)
+        if any(word in str(error) for word in _LOST):
+            more = "the same command on all hosts resumes"
+            return _failed(f"a process of this run failed or was lost ({first}); {more}", 1)
+        traceback.print_exc()
+        return _failed("this process failed (see above) and ends the others; the same command on all hosts resumes", 1)
+
+
+# What JAX says when another process does not answer any more.
+_LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Gloo", "heartbeat", "arrier", "Connection")
 
 
 def _several() -> bool:
@@ -63,20 +75,15 @@ def _failed(message: str, code: int) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from nvit_jax.cli import parse
+    from nvit_jax.cli import join, parse
     from nvit_jax.timing import keep_memory
     from nvit_jax.workdir import STOP
 
     keep_memory()
 
     flags, config, names = parse(argv)
-    import jax
-
     if flags.distributed:
-        local = None if flags.local_devices is None else [int(number) for number in flags.local_devices]
-        jax.distributed.initialize(
-            flags.coordinator, flags.processes, flags.process_id, local, heartbeat_timeout_seconds=30
-        )
+        join(flags)
     from nvit_jax.distill import Stopped
     from nvit_jax.stages import run_stages
 

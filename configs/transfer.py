@@ -24,7 +24,7 @@ def get_config(variant: str = "cifar10") -> ConfigDict:
 
     small = variant.startswith("cifar")
     c.pretrain.update(epochs=10.0 if small else 100.0, batch=256, warmup_epochs=1.0, smoothing=0.1, drop_path=0.1)
-    c.pretrain.update(learning_rate=5e-5, learning_rate_batch=512, ema=0.999)
+    c.pretrain.update(learning_rate=5e-5, learning_rate_batch=512, ema=0.999, eval_every=200 if small else 1700)
 
     c.prune.update(mode="iterative", interval=20, groups_per_step=24, ema=0.9, batch=256, profile="gpu")
     c.prune.update(learning_rate=5e-5, kl_weight=1e3, tau=3.0)
@@ -32,4 +32,5 @@ def get_config(variant: str = "cifar10") -> ConfigDict:
 
     c.finetune.update(epochs=20.0 if small else 100.0, batch=256, warmup_epochs=1.0, smoothing=0.1, ema=0.999)
     c.finetune.update(learning_rate=1e-4, learning_rate_batch=512, kl_weight=1e3, tau=20.0)
+    c.finetune.eval_every = c.pretrain.eval_every
     return c

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nvit_jax.errors import UserError
-from nvit_jax.parallel import fetch, is_main, wait_for_all
+from nvit_jax.parallel import any_process, fetch, is_main, wait_for_all
 
 Path = pathlib.Path
 # Orbax and absl report every save; a run has its own progress lines.
@@ -199,19 +199,24 @@ class StateSaver:
         aside = self.directory.with_name(f"{self.directory.name}.damaged")
         for step in steps:
             place = self.directory / str(step)
+            state, failure = None, None
             try:
-                return step, self._restore_one(step, like)
-            except (PermissionError, MemoryError) as error:
-                raise UserError(f"{place} cannot be read: {_first_line(error)}") from error
+                state = self._restore_one(step, like)
             except Exception as error:  # see load_arrays
-                say(f"checkpoint {place} is damaged ({_first_line(error)}); it goes to {aside}; trying the one before")
-                if is_main():
-                    aside.mkdir(exist_ok=True)
-                    shutil.rmtree(aside / str(step), ignore_errors=True)
-                    os.replace(place, aside / str(step))
-                wait_for_all(f"put aside {place}")
-                self._manager.reload()
-        if steps:
+                failure = error
+            if not any_process(failure is not None):  # all processes go on with the same state
+                return step, state
+            reason = "on another process" if failure is None else _first_line(failure)
+            if isinstance(failure, OSError | MemoryError) and not isinstance(failure, FileNotFoundError):
+                raise UserError(f"{place} cannot be read: {reason}") from failure
+            say(f"checkpoint {place} is damaged ({reason}); it goes to {aside}; trying the one before")
+            if is_main():
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                os.replace(place, aside / str(step))
+            wait_for_all(f"put aside {place}")
+            self._manager.reload()
+        if steps or (aside.is_dir() and any(aside.iterdir())):
             raise UserError(f"no saved state of {self.directory} can be read (see {aside}); --force starts anew")
         return None
 

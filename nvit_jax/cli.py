@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -44,6 +45,8 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     given = (values.coordinator, values.processes, values.process_id, values.local_devices)
     if any(value is not None for value in given) and not values.distributed:
         raise UserError("--coordinator, --processes, --process_id and --local_devices go with --distributed")
+    if values.coordinator is not None and not values.coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"--coordinator={values.coordinator}: give HOST:PORT, the same on every host")
     if values.local_devices is not None and not all(number.isdecimal() for number in values.local_devices):
         raise UserError(f"--local_devices={','.join(values.local_devices)}: give numbers, such as 0,1")
     config = values.config
@@ -63,6 +66,23 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
         near = difflib.get_close_matches(values.stage, STAGES, 1, 0)
         raise UserError(f"unknown stage {values.stage!r}; did you mean {near[0]!r}? There are {', '.join(STAGES)}")
     return values, config, (values.stage,)
+
+
+def join(flags: Any) -> None:
+    """Join the processes of this run; UserError when they cannot be found."""
+    local = None if flags.local_devices is None else [int(number) for number in flags.local_devices]
+    try:
+        jax.distributed.initialize(
+            flags.coordinator, flags.processes, flags.process_id, local, heartbeat_timeout_seconds=30
+        )
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: {(str(error).splitlines() or [type(error).__name__])[0]}; where JAX does not find the "
+            "other processes by itself, give --coordinator=HOST:PORT --processes=N --process_id=I, 0 <= I < N"
+        ) from error
+    if jax.process_index() == 0:
+        count, devices = jax.process_count(), jax.device_count()
+        print(f"{count} processes, {devices} devices; when one is lost, the others end and the same command resumes")
 
 
 def _unsets(argument: str) -> bool:

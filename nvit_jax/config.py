@@ -121,6 +121,8 @@ def default_config() -> ConfigDict:
     for name in ("latency_ratio", "latency_ms", "macs_ratio", "macs", "params_ratio", "params"):
         prune.target[name] = placeholder(float)
     prune.batch = 64
+    prune.accumulate = 1  # as in pretrain and finetune
+    prune.remat = False
     prune.learning_rate = 1e-4
     prune.weight_decay = 0.05
     prune.clip_norm = placeholder(float)
@@ -216,6 +218,9 @@ def check_config(c: ConfigDict) -> None:
         raise UserError(f"the config file lacks {missing[0]!r}; start from nvit_jax.config.default_config()")
     for stage in c.stages:
         need(stage in STAGES, "stages", tuple(c.stages), f"unknown stage {stage!r}; there are {', '.join(STAGES)}")
+    need(0 <= c.seed < 2**32, "seed", c.seed, "must be from 0 to 2**32 - 1")
+    good = c.matmul_precision in (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
+    need(good, "matmul_precision", c.matmul_precision, "must be default, bfloat16, tensorfloat32 or float32")
     need(c.dtype in ("float32", "bfloat16"), "dtype", c.dtype, 'must be "float32" or "bfloat16"')
     need(c.parallel in BACKENDS, "parallel", c.parallel, f"must be one of {', '.join(BACKENDS)}")
     need(c.eval.split in ("train", "val", "test"), "eval.split", c.eval.split, "must be train, val or test")
@@ -225,9 +230,11 @@ def check_config(c: ConfigDict) -> None:
     for section in ("pretrain", "finetune"):
         s = c[section]
         need(s.epochs > 0, f"{section}.epochs", s.epochs, "must be > 0")
-        need(0 <= s.ema < 1, f"{section}.ema", s.ema, "must be in [0, 1)")
-        need(s.accumulate >= 1, f"{section}.accumulate", s.accumulate, "must be >= 1")
-        need(s.batch % s.accumulate == 0, f"{section}.accumulate", s.accumulate, f"does not divide batch={s.batch}")
+        need(s.warmup_epochs >= 0, f"{section}.warmup_epochs", s.warmup_epochs, "must be >= 0")
+        for key in ("ema", "dropout", "smoothing"):
+            need(0 <= s[key] < 1, f"{section}.{key}", s[key], "must be in [0, 1)")
+        scale = s.learning_rate_batch
+        need(scale is None or scale > 0, f"{section}.learning_rate_batch", scale, "must be > 0")
         need(s.keep in ("last", "best"), f"{section}.keep", s.keep, "must be last or best")
         need(s.keep == "last" or s.eval_every > 0, f"{section}.keep", s.keep, f"needs {section}.eval_every > 0")
         need(s.eval_every % s.log_every == 0, f"{section}.eval_every", s.eval_every, "must be a multiple of log_every")
@@ -235,6 +242,10 @@ def check_config(c: ConfigDict) -> None:
         for key in ("learning_rate", "weight_decay"):
             need(c[section][key] >= 0, f"{section}.{key}", c[section][key], "must be >= 0")
         need(0 <= c[section].drop_path < 1, f"{section}.drop_path", c[section].drop_path, "must be in [0, 1)")
+        clip, parts, batch = c[section].clip_norm, c[section].accumulate, c[section].batch
+        need(clip is None or clip > 0, f"{section}.clip_norm", clip, "must be > 0")
+        need(parts >= 1, f"{section}.accumulate", parts, "must be >= 1")
+        need(batch % parts == 0, f"{section}.accumulate", parts, f"does not divide batch={batch}")
     for section in ("pretrain", "prune", "finetune"):
         alpha, teacher, tau = c[section].teacher_alpha, c[section].teacher, c[section].teacher_tau
         need(0 <= alpha <= 1, f"{section}.teacher_alpha", alpha, "must be in [0, 1]")

@@ -61,12 +61,15 @@ class Preprocessing:
     @classmethod
     def imagenet(cls, size: int) -> "Preprocessing":
         """DeiT's, of image files."""
-        return cls(size, 255.0, IMAGENET_MEAN, IMAGENET_STD, round(size * 256 / 224), "bicubic")
+        return cls(size, 255.0, IMAGENET_MEAN, IMAGENET_STD, size * 256 // 224, "bicubic")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """TypeError or KeyError when the values are not what `to_json` gives."""
-        return cls(**dict(values) | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """UserError when the values are not what `to_json` gives."""
+        try:
+            return cls(**dict(values) | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"the preprocessing in model.json is not complete: {error!r}") from error
 
     def describe(self) -> str:
         """In words."""
@@ -88,6 +91,7 @@ class Loading:
     workers: int = 0  # processes; 0: threads of this one
     threads: int | None = None  # in each process; None: its share of the cores
     max_bad_fraction: float = 0.01  # of a split's examples that may turn out unreadable
+    processes: int = 1  # of this run; each sees its own part of the examples
 
 
 def _as_they_are(content: Any, rng: Any) -> np.ndarray:
@@ -101,6 +105,7 @@ class Split:
     source: Source
     pixels: Pixels = _as_they_are  # for evaluation: what is stored -> uint8 [size, size, channels]
     loading: Loading = Loading()
+    bad: dict[str, str] = dataclasses.field(default_factory=dict)  # what this process could not read, and why
 
     def __len__(self) -> int:
         return len(self.source)
@@ -224,6 +229,8 @@ def _npz(path: str | None) -> Dataset:
             raise UserError(f"data.path={path}: {split}_images must be uint8 [n, size, size, channels]")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"data.path={path}: {split}_labels must be integers [{len(images)}]")
+        if len(labels) and labels.min() < 0:
+            raise UserError(f"data.path={path}: {split}_labels go down to {labels.min()}; labels count from 0")
         splits[split] = Split(Arrays(images, labels.astype(np.int32)))
     shape = content["train_images"].shape[1:]
     if any(content[f"{split}_images"].shape[1:] != shape for split in SPLITS):
@@ -284,6 +291,8 @@ def _tfds(name: str, path: str | None, train: str | None, val: str | None, pre: 
     if "test" in there:
         wanted["test"] = "test"
     splits = {key: Split(Tfds(name, split, path), pre.crop()) for key, split in wanted.items()}
+    if "test" in splits and len(splits["test"]) and splits["test"].source.read(0)[1] < 0:
+        del splits["test"]  # without labels, as ImageNet's
     return Dataset(splits, classes, pre)
 
 
@@ -294,7 +303,11 @@ def _overlap(splits: Mapping[str, Split]) -> int:
     train, val = (splits[name].source for name in ("train", "val"))
     assert isinstance(train, Folder) and isinstance(val, Folder)
     common = set(train.names) & set(val.names)
-    return sum((train.root / name).stat().st_size == (val.root / name).stat().st_size for name in common)
+
+    def size(file: pathlib.Path) -> int:
+        return file.stat().st_size if file.exists() else -1  # a link to nowhere is a broken image, later on
+
+    return sum(size(train.root / name) == size(val.root / name) for name in common)
 
 
 def check_fits(data: Dataset, image: int, channels: int, classes: int) -> None:

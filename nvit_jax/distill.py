@@ -1,5 +1,7 @@
 """Training: one step and one loop for pretraining, for the steps between prunings, and for distillation finetuning."""
 
+import collections
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +16,8 @@ from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Batch, Objective, objective_loss
 from nvit_jax.optim import ema_update
+
+_ASK_EVERY = 8  # steps
 
 
 class TrainState(NamedTuple):
@@ -141,6 +145,7 @@ class Monitor(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def save(self, step: int, state: Any) -> None: ...
     def advance(self, step: int, text: str) -> None: ...
+    def waited(self, seconds: float) -> None: ...  # for a batch, while the device had nothing to do
 
 
 class Stopped(Exception):
@@ -166,14 +171,24 @@ def fit(
 
     `learning_rate` tells the rate of a step, for the log. Logged values are those of the logged step alone, so that a
     resumed run writes the same lines. A loss that is not finite raises UserError with its step before anything is
-    logged or saved after it.
+    logged or saved after it. The host runs two steps ahead of the device at most.
     """
     pending: list[tuple[int, dict[str, jax.Array]]] = []
+    running: collections.deque[jax.Array] = collections.deque(maxlen=2)
+    alone = jax.process_count() == 1
     for step in range(int(state.step) + 1, until + 1):
-        state, metrics = step_fn(state, stream(step - 1))
+        if len(running) == 2:
+            running[0].block_until_ready()
+        began = time.monotonic()
+        batch = stream(step - 1)
+        if not running or running[-1].is_ready():  # type: ignore[attr-defined]
+            monitor.waited(time.monotonic() - began)
+        state, metrics = step_fn(state, batch)
+        running.append(metrics["loss"])
         pending.append((step, metrics))
         logs, saves = step % log_every == 0 or step == until, step % save_every == 0
-        stopping = monitor.stopping
+        # Several processes ask each other, which takes a message; they stop within a few steps.
+        stopping = (alone or saves or step % _ASK_EVERY == 0) and monitor.stopping
         if logs or saves or stopping:
             _check_losses(pending)
             pending.clear()

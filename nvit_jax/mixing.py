@@ -66,7 +66,7 @@ def cut_box(key: jax.Array, size: int, share: jax.Array) -> tuple[jax.Array, jax
     """(mask [size, size] of a square of (1 - share) of the area around a random center, what is left of the image)."""
     side = jnp.floor(size * jnp.sqrt(1 - share)).astype(jnp.int32)
     center = jax.random.randint(key, (2,), 0, size)
-    low, high = jnp.clip(center - side // 2, 0, size), jnp.clip(center + (side + 1) // 2, 0, size)
+    low, high = (jnp.clip(center + sign * (side // 2), 0, size) for sign in (-1, 1))  # as timm, even sides
     rows, columns = ((jnp.arange(size) >= low[i]) & (jnp.arange(size) < high[i]) for i in (0, 1))
     area = (high - low).prod()
     return rows[:, None] & columns, 1 - area / size**2

@@ -31,6 +31,60 @@ def _wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
+    """[..., I] @ [I, O] with factors in `dtype`, the sums, the result and the kernel's gradient in float32."""
+    return jax.lax.dot_general(
+        x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype: Dtype, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    g, rows = g.astype(dtype), tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(
+        g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    dkernel = jax.lax.dot_general(x.astype(dtype), g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class Dense(nn.Module):
+    """A linear layer over the last `axes` axes: kernel [*inputs, *features], bias [*features].
+
+    In bfloat16 only the factors are rounded: gradients come out, and are summed over devices, in float32.
+    """
+
+    features: tuple[int, ...]
+    axes: int = 1
+    use_bias: bool = True
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = x.shape[x.ndim - self.axes :]
+        kernel = self.param("kernel", _kernel_init, (*inputs, *self.features))
+        bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
+        flat = x.reshape(*x.shape[: x.ndim - self.axes], -1)
+        y = _multiply(flat, kernel.reshape(flat.shape[-1], -1), self.dtype).reshape(*flat.shape[:-1], *self.features)
+        y = y if bias is None else y + bias
+        return y.astype(self.dtype or y.dtype)
+
+
+def _multiply(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
+    """[..., I] @ [I, O]; the plain product wherever it is not narrower than float32, of any order of derivatives."""
+    if dtype is None or jnp.dtype(dtype).itemsize >= 4:
+        return x @ kernel
+    return _product(x, kernel, dtype)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over the kept channels; removed channels come out as 0."""
 
@@ -98,14 +152,15 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         d, i = self.dims, self.index
         gates = gates if gates is not None else Units(None, None, None, None, None)
-        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_kernel_init)
+        dense = functools.partial(Dense, dtype=self.dtype)
         norm = functools.partial(LayerNorm, eps=d.norm_eps, dtype=self.dtype)
         branch_keys = [None] * 4 if keys is None else [_layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
         rate = self.drop_path * layer / max(d.depth - 1, 1)
 
         def write(branch: jax.Array, name: str, path_keys: Any) -> jax.Array:
             if d.layer_scale:
-                branch = branch * self.param(name, nn.initializers.constant(1e-4), (d.embed,)).astype(branch.dtype)
+                scale = self.param(name, nn.initializers.constant(1e-4), (d.embed,))
+                branch = (branch.astype(_wide(branch.dtype)) * scale).astype(branch.dtype)
             return _gate(_drop_path(branch, path_keys if self.drop_path else None, rate), embed)
 
         if "attention" in self.parts:
@@ -118,14 +173,14 @@ class Block(nn.Module):
             z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
             z = _gate(z, gates.v)
             z = z if gates.head is None else _gate(z, gates.head[..., None])
-            y = dense(d.embed, axis=(-2, -1), name="proj")(z)
+            y = dense((d.embed,), axes=2, name="proj")(z)
             x = x + write(_dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
 
         if "mlp" in self.parts:
             y = norm(name="norm2")(x, embed)
-            y = dense(d.mlp[i], name="fc1")(y)
+            y = dense((d.mlp[i],), name="fc1")(y)
             y = _gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
-            y = dense(d.embed, name="fc2")(y)
+            y = dense((d.embed,), name="fc2")(y)
             x = x + write(_dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
         return x, None
 
@@ -150,10 +205,8 @@ class ViT(nn.Module):
         shape = (d.patch, d.patch, d.channels, d.embed)
         kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape))
         patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=d.patch, q=d.patch)
-        patches, weight, bias = nn.dtypes.promote_dtype(
-            patches, kernel["kernel"].reshape(-1, d.embed), kernel["bias"], dtype=self.dtype
-        )
-        x = patches @ weight + bias
+        # The stream begins in float32, so that the gradients of tokens and positions are summed in it.
+        x = _multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel["bias"]
         tokens = []
         if d.cls_token:
             tokens.append(self.param("cls_token", _kernel_init, (d.embed,))[None])
@@ -163,14 +216,14 @@ class ViT(nn.Module):
             tokens.append(self.param("registers", _kernel_init, (d.registers, d.embed)))
         if d.positions != "none":
             count = d.tokens if d.positions == "all" else d.patches
-            positions = self.param("positions", _kernel_init, (count, d.embed)).astype(x.dtype)
+            positions = self.param("positions", _kernel_init, (count, d.embed))
             x = x + positions[count - d.patches :]
             if d.positions == "all" and tokens:
-                tokens = [jnp.concatenate(tokens).astype(x.dtype) + positions[: d.prefix]]
+                tokens = [jnp.concatenate(tokens) + positions[: d.prefix]]
         if tokens:
-            prefix = jnp.concatenate(tokens).astype(x.dtype)
+            prefix = jnp.concatenate(tokens)
             x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape)), x], axis=1)
-        return x
+        return x.astype(self.dtype or x.dtype)
 
     @nn.compact
     def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
@@ -206,13 +259,13 @@ class ViT(nn.Module):
             x = x[:, : d.classifiers]
         if d.norm_after_pool:
             x = norm(x, embed)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_kernel_init)
         if not d.classes:
             return x
+        x = x.astype(_wide(x.dtype))  # the classifiers are small, and their logits decide
         if d.pre_logits:
-            x = jnp.tanh(dense(d.pre_logits, name="pre_logits")(x))
-        logits = [dense(d.classes, name=n)(x[:, i]) for i, n in enumerate(("head", "head_dist")[: d.classifiers])]
-        return jnp.stack(logits, axis=1)
+            x = jnp.tanh(Dense((d.pre_logits,), name="pre_logits")(x))
+        names = ("head", "head_dist")[: d.classifiers]
+        return jnp.stack([Dense((d.classes,), name=n)(x[:, i]) for i, n in enumerate(names)], axis=1)
 
 
 def _patch_embed(key: jax.Array, shape: tuple[int, ...]) -> Params:

@@ -42,6 +42,11 @@ def any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
+def sum_over_processes(number: int) -> int:
+    """Of every process's number, on every process."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(number)).sum())
+
+
 def fetch(tree: Any) -> Any:
     """Host arrays of state on the devices, whole, on every process."""
 

@@ -6,7 +6,6 @@ of workers, devices and processes sees the same numbers.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ class _Examples:
         for tried in range(len(self.source)):
             other = (first + tried) % len(self.source)  # a neighbour takes the place of what cannot be read
             try:
-                content, label = self.source.read(other)
+                content, label = _read(self.source, other)
                 image = self.pixels(content, None if seed is None else np.random.default_rng(seed))
             except (BadImage, OSError):
                 bad = first
@@ -55,8 +54,6 @@ class Stream:
         self._index = np.array(rows, np.int32)
         self._batches: Iterator[Any] | None = None
         self._next = 0
-        self.waited = 0.0  # seconds that the loop has waited for batches
-        self.bad: dict[str, str] = {}  # examples that could not be read, and why
         self.report: Callable[[str], None] = lambda text: None
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -70,7 +67,6 @@ class Stream:
             self.close()
             self._batches = self._start(step)
         self._next = step + 1
-        began = time.monotonic()
         try:
             batch = next(self._batches)
         except RuntimeError as error:  # Grain's, when a worker process was killed: the same examples are read again
@@ -81,7 +77,6 @@ class Stream:
             self.close()
             self._batches = self._start(step)
             batch = next(self._batches)
-        self.waited += time.monotonic() - began
         for number in batch["bad"][batch["bad"] >= 0].tolist():
             self._note(number)
         return batch
@@ -96,34 +91,42 @@ class Stream:
         loading, ahead = self._split.loading, _AHEAD * self._rows
         memory = _in_memory(self._split.source)
         threads = loading.threads or max(1, cores() // max(1, loading.workers))
-        options = grain.ReadOptions(num_threads=0 if memory else threads, prefetch_buffer_size=0 if memory else ahead)
+        each = -(-ahead // max(1, loading.workers))
+        options = grain.ReadOptions(num_threads=0 if memory else threads, prefetch_buffer_size=0 if memory else each)
         examples = grain.MapDataset.source(self._examples)[step * self._rows :].to_iter_dataset(options)
         if loading.workers and not memory:
             _let_workers_start()
-            each = -(-ahead // loading.workers)
             examples = examples.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=loading.workers, per_worker_buffer_size=each)
             )
         return iter(examples.batch(self._rows, drop_remainder=True))
 
     def _note(self, number: int) -> None:
-        source = self._split.source
+        source, bad, loading = self._split.source, self._split.bad, self._split.loading
         name = source.name(number)
-        if name in self.bad:
+        if name in bad:
             return
         try:
-            self._examples.pixels(source.read(number)[0], np.random.default_rng(0))
+            self._examples.pixels(_read(source, number)[0], np.random.default_rng(0))
             reason = "it can be read now"
         except (BadImage, OSError) as error:
             reason = str(error)
-        self.bad[name] = reason
+        bad[name] = reason
         self.report(f"skipped {name}: {reason}")
-        limit = self._split.loading.max_bad_fraction
-        if len(self.bad) > max(limit * len(source), 1):
+        limit = loading.max_bad_fraction  # an even part of it for each process
+        if len(bad) > (max(limit * len(source) / loading.processes, 1) if limit else 0):
             raise UserError(
-                f"{len(self.bad)} of {len(source)} examples cannot be read, {name} for one ({reason}); more than "
+                f"{len(bad)} of {len(source)} examples cannot be read, {name} for one ({reason}); more than "
                 f"config.data.max_bad_fraction={limit:g}"
             )
+
+
+def _read(source: Source, number: int) -> tuple[bytes | np.ndarray, int]:
+    """A second try for what a busy file system refused once."""
+    try:
+        return source.read(number)
+    except OSError:
+        return source.read(number)
 
 
 def _in_memory(source: Source) -> bool:
@@ -213,6 +216,8 @@ def eval_batches(split: Split, batch: int, rows: slice = slice(None), report: An
         for step in range(-(-len(split) // batch)):
             found = stream.read(step)
             valid = (found["number"] >= 0) & (found["bad"] < 0)
+            if (found["label"][valid] < 0).any():
+                raise UserError(f"examples like {split.source.name(0)} have no label (-1); evaluate another split")
             yield {"image": found["image"], "label": found["label"], "valid": valid.astype(np.float32)}
     finally:
         stream.close()

@@ -76,7 +76,7 @@ def write_report(workdir: Path, path: Path) -> None:
         if (workdir / "prune" / "scores.npz").exists():
             with np.load(workdir / "prune" / "scores.npz") as arrays:
                 scores = dict(arrays)
-            unit = str(scores.pop("saving_unit"))
+            unit = html.escape(str(scores.pop("saving_unit")))
             parts += [
                 "<h2>Saliency of the model before pruning</h2>",
                 "<p>Median and the middle 80 % of the positive scores of a block's units; the others are counted.</p>",
@@ -129,7 +129,7 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _prune_section(m: Mapping[str, Any]) -> str:
-    targets = ", ".join(f"{name} &le; {value}" for name, value in m["target"].items())
+    targets = ", ".join(f"{html.escape(name)} &le; {html.escape(str(value))}" for name, value in m["target"].items())
     predicted = m["predicted_latency_ratio"]
     rows = [
         ("latency ratio, measured", f"{m['latency_ratio']:.3f}"),

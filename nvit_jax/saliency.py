@@ -225,7 +225,9 @@ def _sum_units(values: Params, masks: Units, keep: Callable[[str, str], bool]) -
                 total = groups.reduce(leaf, axes, kind)
                 place = 0 if kind == "embed" or block is None else block
                 slot = sums[kind][place]
-                sums[kind][place] = slot.at[tuple(slice(0, n) for n in total.shape)].add(total)
+                # Not slot.at[...].add: that scatter crashes XLA's partitioner under pmap with JAX 0.11.2.
+                wider = [(0, n - m) for n, m in zip(slot.shape, total.shape, strict=True)]
+                sums[kind][place] = slot + jnp.pad(total, wider)
     return Units(sums["embed"][0], *(jnp.stack(sums[kind]) for kind in KINDS[1:]))
 
 

@@ -85,7 +85,8 @@ class Tfds:
             decoders = {"image": tfds.decode.SkipDecoding()}
             try:
                 self._open = builder.as_data_source(split=self.split, decoders=decoders)
-            except (ValueError, KeyError, NotImplementedError) as error:
+                len(self._open)  # of "train[90%:10%]" it is negative
+            except Exception as error:  # of tfds and of etils, of many types
                 raise UserError(f"tfds:{self.dataset}, split {self.split!r}: {str(error).splitlines()[0]}") from error
         return self._open
 
@@ -94,8 +95,14 @@ class Tfds:
 
     def read(self, number: int) -> tuple[bytes, int]:
         """The encoded image and the label."""
-        record = self._records()[int(number)]
-        return record["image"], int(record["label"])
+        try:
+            record = self._records()[int(number)]
+            return record["image"], int(record["label"])
+        except UserError:
+            raise
+        except Exception as error:  # what ArrayRecord and protobuf say of a damaged file
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the record is damaged: {reason}") from error
 
     def name(self, number: int) -> str:
         """Its place in the split."""
@@ -106,6 +113,10 @@ def _builder(dataset: str, directory: str | None) -> Any:
     """UserError, with the line that prepares it, unless the set is there as ArrayRecord."""
     import tensorflow_datasets as tfds
 
+    if ":" in dataset:
+        raise UserError(
+            f"data.name=tfds:{dataset}: sets of other people's repositories are code of theirs, not read here"
+        )
     where = f", data_dir={directory!r}" if directory else ""
     try:
         builder = tfds.builder(dataset, data_dir=directory, file_format="array_record")
@@ -119,7 +130,8 @@ def _builder(dataset: str, directory: str | None) -> Any:
             f'be needed for that, not here): python -c "import tensorflow_datasets as t; t.builder({dataset!r}{where}, '
             "file_format='array_record').download_and_prepare()\""
         )
-    if not {"image", "label"} <= set(builder.info.features):
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not isinstance(features["label"], tfds.features.ClassLabel):
         raise UserError(f"data.name=tfds:{dataset} is no classification set of images: it has {builder.info.features}")
     return builder
 
@@ -154,10 +166,13 @@ def list_folder(root: pathlib.Path, key: str) -> dict[str, list[str]]:
     if not root.is_dir():
         raise UserError(f"config.{key}={root}: there is no such directory")
     found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
-        if files:
-            found[folder.name] = [f"{folder.name}/{name}" for name in files]
+    try:
+        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            files = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
+            if files:
+                found[folder.name] = [f"{folder.name}/{name}" for name in files]
+    except OSError as error:
+        raise UserError(f"config.{key}={root} cannot be read: {error}") from error
     if not found:
         raise UserError(f"config.{key}={root} holds no images of the form {root}/CLASS/IMAGE.JPEG")
     return found

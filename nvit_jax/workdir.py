@@ -1,6 +1,7 @@
 """A run's directory: which stage is done and with which config keys, its logs, its saved states, its progress bar."""
 
 import contextlib
+import fcntl
 import json
 import pathlib
 import shutil
@@ -12,13 +13,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import tqdm
 from tensorboardX import SummaryWriter
 
 from nvit_jax.checkpoint import StateSaver, read_json, saving, write_json, write_text
 from nvit_jax.config import STAGES, default_config, flatten_config
 from nvit_jax.errors import UserError
-from nvit_jax.parallel import any_process, is_main, wait_for_all
+from nvit_jax.parallel import any_process, is_main, main_decides, wait_for_all
 
 _FOLLOW = (
     "eval",
@@ -26,6 +28,15 @@ _FOLLOW = (
     "report",
     "preview",
 )  # take in what is new; the other stages are redone only when what they read changed
+
+
+_FREE = ("parallel", "data.workers", "data.threads", "data.max_bad_fraction")
+_FREE_IN_SECTIONS = ("accumulate", "remat", "save_every")
+
+
+def _changes_nothing(key: str) -> bool:
+    """Where and how a stage runs, not what comes out: a begun stage may go on with another value, on other devices."""
+    return key in _FREE or key.rpartition(".")[2] in _FREE_IN_SECTIONS
 
 
 class StopSignal:
@@ -40,7 +51,8 @@ class StopSignal:
 
         def handle(number: int, frame: types.FrameType | None) -> None:
             self.received = True
-            signal.signal(number, signal.SIG_DFL)
+            for one in before:
+                signal.signal(one, signal.SIG_DFL)
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -64,6 +76,7 @@ class StageDir:
         self._writer: Any = None
         self._resumed_at: int | None = None
         self.started = time.monotonic()
+        self.input_wait = 0.0  # seconds in which the device waited for images
 
     # ------------------------------------------------------------------------------------ begin and finish
 
@@ -83,7 +96,7 @@ class StageDir:
         if record is not None and not fresh:
             defaults = flatten_config(default_config())
             old = {k: record["keys"].get(k, defaults.get(k)) for k in keys}  # it may be older than a key
-            changed = sorted(k for k in keys if old[k] != keys[k])
+            changed = sorted(k for k in keys if old[k] != keys[k] and not _changes_nothing(k))
             if changed:
                 shown = ", ".join(f"{k}: {old.get(k)!r} -> {keys.get(k)!r}" for k in changed)
                 raise UserError(
@@ -98,12 +111,14 @@ class StageDir:
                 self.say(f"done anew, since {', '.join(renewed)} changed")
         if record is not None and not fresh and record["status"] == "done":
             return False
+        if record is not None and not fresh:
+            write_json(self.path / "stage.json", record | {"keys": dict(keys)})
         if fresh:
             if not extends:
+                (self.path / "stage.json").unlink(missing_ok=True)  # first: a kill must leave no finished stage
                 shutil.rmtree(self.path, ignore_errors=True)
             if record is not None:
                 self._mark_later_stale()
-        if fresh:
             write_json(
                 self.path / "stage.json",
                 {"status": "running", "id": uuid.uuid4().hex, "keys": dict(keys), "inputs": dict(inputs)},
@@ -113,7 +128,9 @@ class StageDir:
     def _nothing_yet(self, record: Mapping[str, Any]) -> bool:
         """Begun, but nothing saved that could be lost or resumed."""
         return record["status"] == "running" and not (
-            (self.path / "cells.json").exists() or any((self.path / "state").glob("[0-9]*"))
+            (self.path / "cells.json").exists()
+            or any((self.path / "state").glob("[0-9]*"))
+            or any((self.path / "state.damaged").glob("[0-9]*"))
         )
 
     def _mark_later_stale(self) -> None:
@@ -158,9 +175,9 @@ class StageDir:
         self.saver.save(step, state)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of log.jsonl, and the same numbers for TensorBoard."""
-        self._append("log.jsonl", {"step": step} | dict(metrics))
-        self._scalars(step, metrics)
+        """One line of log.jsonl, and the same numbers for TensorBoard, with the part of the time spent waiting."""
+        self._append("log.jsonl", {"step": step} | dict(metrics))  # no times: a resumed run writes the same lines
+        self._scalars(step, dict(metrics) | {"input_wait": self.input_wait / max(self.seconds(), 1e-9)})
 
     def history(self, line: Mapping[str, Any]) -> None:
         """One line of history.jsonl."""
@@ -206,6 +223,9 @@ class StageDir:
             self._bar = None
             self._close()
 
+    def waited(self, seconds: float) -> None:
+        self.input_wait += seconds
+
     def advance(self, step: int, text: str, total: int | None = None) -> None:
         if self._bar is not None:
             self._bar.total = total or self._bar.total
@@ -222,10 +242,17 @@ class StageDir:
             self._writer = None
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """One line for the user, of the main process."""
         if self.main:
             tqdm.tqdm.write(f"[{self.name}] {text}", file=sys.stdout)
             sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """One line for the user, of the process that finds something out."""
+        if self.main:
+            self.say(text)
+        else:
+            print(f"[{self.name}, process {jax.process_index()}] {text}", file=sys.stderr, flush=True)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -236,6 +263,28 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """No other run in this workdir meanwhile, on this machine or on another that sees the file system. UserError."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> bool:
+            file = stack.enter_context(open(path / ".lock", "w", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--workdir={path}: another run is at work there; wait for it, end it, or use another directory "
+                    "(several processes of one run need --distributed)"
+                ) from error
+            except OSError:  # a file system without locks
+                return False
+            return True
+
+        main_decides(lock)
+        yield
 
 
 def check_workdir(path: pathlib.Path) -> bool:

@@ -1,7 +1,9 @@
 """Batches by position: any number of workers and processes, repeated views, broken files, tensorflow-datasets."""
 
+import collections
 import multiprocessing
 import pathlib
+import tarfile
 
 import jax
 import numpy as np
@@ -130,6 +132,11 @@ def test_broken_files_are_skipped_counted_and_limited(root, tmp_path):
         assert stream(step)["image"].shape == (16, 16, 16, 3)
     stream.close()
     assert told == [f"skipped {place}/train/ant/03.jpeg: the file is empty"]
+    assert len(take(data.split("train"), range(2))) == 2 and len(told) == 1  # another stream of it: known
+    strict = load(place, max_bad_fraction=0.0)
+    with pytest.raises(UserError, match=r"1 of 40 examples cannot be read.*max_bad_fraction=0$"):
+        take(strict.split("train"), range(3))
+    assert take(load(place, max_bad_fraction=0.1, processes=2).split("train"), range(3))  # two may be bad in each
     valid = np.concatenate([b["valid"] for b in eval_batches(data.split("val"), 4, report=told.append)])
     assert valid.tolist() == [1] * 6 + [0] + [1] * 3 + [0] * 2 and told[1].startswith(f"skipped {place}/val/bee/01")
     for i in range(8):
@@ -181,11 +188,55 @@ def test_a_prepared_tfds_set(root, tmp_path):
     assert len(part.split("train")) == len(part.split("val")) == 20
     again = load_dataset("tfds:tiny", str(tmp_path), train="train[:50%]", preprocessing=PRE, loading=Loading(workers=1))
     same(take(again.split("train"), range(2), pixels=VIEW), take(part.split("train"), range(2), pixels=VIEW))
+    shard = next(file for file in (tmp_path / "tiny" / "1.0.0").iterdir() if "train" in file.name)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
+    shard.write_bytes(content)
+    torn = load_dataset("tfds:tiny", str(tmp_path), preprocessing=PRE, loading=Loading(max_bad_fraction=0.9))
+    with pytest.raises(UserError, match="none of the 40 examples can be read"):  # all are in one chunk of the file
+        take(torn.split("train"), [0])
+    with pytest.raises(OSError, match="the record is damaged"):
+        torn.split("train").source.read(3)
+    with pytest.raises(UserError, match="sets of other people's repositories"):
+        load_dataset("tfds:someone:tiny", str(tmp_path), preprocessing=PRE)
+    with pytest.raises(UserError, match="split 'train.90%:10%.'"):
+        load_dataset("tfds:tiny", str(tmp_path), train="train[90%:10%]", preprocessing=PRE)
     with pytest.raises(UserError, match="split 'nothing'"):
         load_dataset("tfds:tiny", str(tmp_path), train="nothing", preprocessing=PRE)
     with pytest.raises(UserError, match="data.name=tfds:no_such_set"):
         load_dataset("tfds:no_such_set", str(tmp_path), preprocessing=PRE)
     assert "tensorflow" not in sys.modules
+
+
+def test_a_split_without_labels_is_not_evaluated():
+    split = Split(Arrays(np.zeros((4, 2, 2, 1), np.uint8), np.full(4, -1, np.int32)))
+    with pytest.raises(UserError, match="have no label"):
+        list(eval_batches(split, 4))
+
+
+def test_cifar10_as_folders(tmp_path):
+    """Real images of 32 pixels, as DeiT evaluates and trains on them."""
+    archive = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.gz"
+    if not archive.exists():
+        pytest.skip("the CIFAR-10 archive is not here")
+    with tarfile.open(archive) as file:
+        members, counts = [], collections.Counter()
+        for member in file:  # the first images of each class and split
+            parts = pathlib.PurePosixPath(member.name).parts[-3:]
+            if member.isfile() and len(parts) == 3 and counts[parts[:2]] < 6:
+                counts[parts[:2]] += 1
+                members.append(member)
+            if len(counts) == 20 and min(counts.values()) == 6:
+                break
+        file.extractall(tmp_path, members, filter="data")
+    (train,) = tmp_path.rglob("train")
+    data = load_dataset("folder", train=str(train), val=str(train.parent / "test"))
+    assert len(data.classes) == 10 and {k: len(s) for k, s in data.splits.items()} == {"train": 60, "val": 60}
+    images, labels = data.split("val").read()
+    assert images.shape == (60, 224, 224, 3) and np.bincount(labels).tolist() == [6] * 10
+    assert images.std() > 20 and 90 < images.mean() < 150
+    view = TrainCrop(224, 3, (124, 116, 104), rand_augment=RandAugment())
+    assert take(data.split("train"), [0], pixels=view)[0]["image"].shape == (16, 224, 224, 3)
 
 
 def test_a_run_on_folders_with_deits_augmentation(root, tmp_path, capsys):

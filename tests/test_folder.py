@@ -61,6 +61,11 @@ def test_the_held_out_part(folder):
     assert set(load(folder, holdout=0.5).split("val").source.names) == val - {"n03/n03_0.JPEG"}
 
 
+def test_deit_s_short_sides():
+    """int(256 / 224 * size) in its code."""
+    assert [Preprocessing.imagenet(size).resize for size in (224, 384, 160)] == [256, 438, 182]
+
+
 def test_preprocessing_is_pillow_with_torchvisions_rounding():
     """DeiT's evaluation: Resize(256, bicubic), CenterCrop(224); the long side is cut, not rounded."""
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from nvit_jax import augment
 from nvit_jax.augment import OPERATIONS, Draw, RandAugment, TrainCrop, crop_box
 from nvit_jax.errors import UserError
-from nvit_jax.images import BadImage, open_image, training_view
+from nvit_jax.images import BadImage, open_image, resize_crop, training_view
 
 FILL = (124, 116, 104)
 VIEW = TrainCrop(64, 3, FILL)
@@ -91,6 +91,9 @@ def test_what_is_refused():
     ):
         with pytest.raises(BadImage, match=words):
             open_image(content, 3)
+    thin = Image.fromarray(np.zeros((60000, 1), np.uint8))
+    with pytest.raises(BadImage, match="1 x 60000 pixels would become 256 x 15360000"):
+        resize_crop(thin, 256, 224, "bicubic")
     rng = np.random.default_rng(0)
     for _ in range(200):  # flipped bytes: an image or BadImage, nothing else
         broken = np.frombuffer(jpeg, np.uint8).copy()

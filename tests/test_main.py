@@ -34,11 +34,21 @@ def test_files_and_keys_of_the_contract(finished):
         "dense_latency_ms",
         "masked_vs_compact_max_abs_diff",
         "calibration_overlap",
+        "bad_images",
+        "input_wait_seconds",
+        "peak_memory_bytes",
         "dims",
         "seconds",
     }
     evaluated = read(finished / "eval" / "metrics.json")
-    assert set(evaluated) == R_KEYS | {"loss", "images_per_second", "device", "dtype", "calibration_overlap"}
+    assert set(evaluated) == R_KEYS | {
+        "loss",
+        "images_per_second",
+        "device",
+        "dtype",
+        "calibration_overlap",
+        "bad_images",
+    }
     assert {k: evaluated[k] for k in R_KEYS} == summary["finetuned"]
     for stage in ("pretrain", "latency", "prune", "finetune", "eval", "report"):
         assert (finished / stage / "metrics.json").exists()

@@ -56,6 +56,13 @@ import main
         (["--config.latency.widths.embed=1"], "config.latency.widths.embed=1: must be at least 2"),
         (["--config.prune.rule=solve", "--config.prune.mode=iterative"], "solves for a target"),
         (["--processes=2"], "go with --distributed"),
+        (["--distributed", "--coordinator=nohost"], "give HOST:PORT"),
+        (["--config.seed=-1"], "config.seed=-1: must be from 0"),
+        (["--config.matmul_precision=foo"], "must be default, bfloat16"),
+        (["--config.pretrain.dropout=1.0"], "config.pretrain.dropout=1.0: must be in [0, 1)"),
+        (["--config.pretrain.clip_norm=-1.0"], "config.pretrain.clip_norm=-1.0: must be > 0"),
+        (["--config.pretrain.warmup_epochs=-1.0"], "must be >= 0"),
+        (["--config.prune.accumulate=3"], "does not divide batch=64"),
         (["--config.pretrain.learning_rate=1e30"], "is nan at step"),
     ],
 )

@@ -1,10 +1,15 @@
 """1 device, 4 devices under jit and 4 under pmap give the same numbers."""
 
+import os
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_params, small_dims
+from conftest import ROOT, random_images, random_params, small_dims
 
 from nvit_jax import data, distill, models, optim, prune, saliency
 from nvit_jax.errors import UserError
@@ -129,6 +134,38 @@ def test_a_batch_in_parts_is_the_large_batch(setup):
         return state.params, state.average, state.opt_state, metrics
 
     close(run(parallel(*SETUPS[setup]), accumulate=4, remat=True), run(parallel()))
+
+
+@pytest.mark.parametrize("backend", ["jit", "fsdp"])
+def test_bfloat16_gradients_are_summed_in_float32(backend, tmp_path):
+    """Of every parameter, over the batch and over the devices: as XLA's partitioner leaves the program.
+
+    Later a CPU promotes such sums by itself, so that no number here could tell.
+    """
+    code = f"""
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from conftest import random_params, random_images, small_dims
+from nvit_jax import models, parallel
+parallel._SMALL = 1
+dims, p = small_dims(dist_token=True, layer_scale=True, pre_logits=8), parallel.Parallel.create({backend!r})
+
+def step(params, images, mean):
+    loss = lambda params: jnp.square(models.forward(dims, params, images, dtype=jnp.bfloat16)).mean()
+    return mean(jax.grad(loss)(params))
+
+params = random_params(dims, 0, np.float32)
+found = p.compile(step, trains=True)(p.place(params), p.shard(random_images(dims, 24, dtype=np.float32)))
+assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
+"""
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=240)
+    texts = [file.read_text() for file in tmp_path.glob("*after_spmd-partitioning*")]
+    lines = [line for text in texts for line in text.splitlines() if re.search(r" (all-reduce|reduce-scatter)\(", line)]
+    types = [line.split(" = ")[1].split("{")[0] for line in lines]
+    # Under fsdp XLA may spread the channels of an activation [24, ...], too, and sum it as it is.
+    assert len(types) >= 20 and not [t for t in types if t.startswith("bf16") and not t.startswith("bf16[24,")], types
 
 
 def test_fsdp_spreads_the_training_state():

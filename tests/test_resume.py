@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 import nvit_jax
 from nvit_jax.groups import flatten
@@ -105,6 +105,72 @@ def test_sigterm_saves_and_exits(undisturbed, tmp_path):
     assert (workdir / "pretrain" / "state" / str(stopped)).is_dir()
     assert f"resumes at step {stopped}" in finish(workdir)
     assert_same_run(workdir, undisturbed)
+
+
+def test_where_and_how_a_run_goes_on_may_change(undisturbed, tmp_path):
+    """What changes no numbers may be another after a stop; the other keys may not."""
+    workdir = tmp_path / "W"
+    process = start(workdir)
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    process = start(workdir, "--config.pretrain.batch=32")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "(pretrain.batch: 64 -> 32)" in output
+    keys = ("data.threads=1", "data.max_bad_fraction=0.5", "pretrain.save_every=11", "finetune.save_every=9")
+    assert "resumes at step" in finish(workdir, *(f"--config.{key}" for key in keys))
+    assert_same_run(workdir, undisturbed)
+    assert "finished before" in finish(workdir)
+
+
+def test_damaged_states_are_not_taken_for_a_fresh_start(tmp_path):
+    workdir = tmp_path / "W"
+    process = start(workdir, "--stage=pretrain")
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    process.kill()
+    process.communicate()
+    for file in (workdir / "pretrain" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    for _ in range(2):  # the second time, too
+        process = start(workdir, "--stage=pretrain")
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and "--force" in output and "Traceback" not in output, output
+    assert "380 steps" not in output and finish(workdir, "--stage=pretrain", "--force")
+
+
+def test_one_run_at_a_time_in_a_workdir(tmp_path):
+    workdir = tmp_path / "W"
+    process = start(workdir, "--stage=pretrain", "--config.pretrain.epochs=400")
+    assert wait_for_a_state(process, workdir / "pretrain" / "state")
+    second = start(workdir, "--stage=pretrain", "--config.pretrain.epochs=400")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2 and "another run is at work there" in output and "Traceback" not in output, output
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+
+
+def test_sigterm_between_and_in_other_stages(finished, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    from nvit_jax.stages import measure
+    from nvit_jax.workdir import STOP
+
+    shutil.copytree(finished, tmp_path / "W", symlinks=True)
+    shutil.rmtree(tmp_path / "W" / "eval")
+    evaluator = measure.evaluator
+
+    def stopped_later(*arguments, **options):
+        STOP.received = True
+        return evaluator(*arguments, **options)
+
+    monkeypatch.setattr(measure, "evaluator", stopped_later)
+    assert call("--workdir", tmp_path / "W", "--config.compare=('magnitude',)") == 143
+    assert "stopped while evaluating; the same command resumes" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call("--workdir", tmp_path / "W", "--config.compare=('magnitude',)") == 0
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):

@@ -194,6 +194,9 @@ class Recorder:
     def advance(self, step, text):
         self.step = step
 
+    def waited(self, seconds):
+        self.seconds = getattr(self, "seconds", 0.0) + seconds
+
 
 def fake_step(losses):
     def step(state, batch):

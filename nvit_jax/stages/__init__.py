@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 import nvit_jax
 from nvit_jax.checkpoint import fingerprint, read_json, write_json
 from nvit_jax.config import flatten_config
+from nvit_jax.distill import Stopped
 from nvit_jax.errors import UserError
-from nvit_jax.parallel import is_main, main_decides
+from nvit_jax.parallel import any_process, is_main, main_decides
 from nvit_jax.stages import export, measure, preview, prune, train
 from nvit_jax.stages.common import Run
 from nvit_jax.timing import device_name
-from nvit_jax.workdir import StageDir, check_workdir
+from nvit_jax.workdir import STOP, StageDir, check_workdir, locked
 
 _COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
 SECTIONS = {  # the config sections that a stage is handed, and so the keys that it is redone for
@@ -58,11 +59,18 @@ _INPUTS = {  # the stages whose results a stage reads where they exist
 
 def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool = False) -> None:
     """Run stages in order. A finished one says so and is left alone; see StageDir.begin."""
-    main_decides(lambda: check_workdir(workdir))
     for name in names:
         if name not in FUNCTIONS:
             raise UserError(f"unknown stage {name!r}; there are {', '.join(FUNCTIONS)}")
+    main_decides(lambda: check_workdir(workdir))
+    with locked(workdir):
+        _run_all(config, workdir, names, force=force)
+
+
+def _run_all(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool) -> None:
     for name in names:
+        if any_process(STOP.received):
+            raise Stopped(f"stopped before {name}")
         if name == "pretrain" and config.model and len(names) > 1:
             continue  # the model to prune is given
         if name == "latency" and (config.latency.table or config.latency.roofline.tflops) and len(names) > 1:

@@ -18,7 +18,7 @@ from nvit_jax.dims import ViTDims, preset
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
 from nvit_jax.mixing import Mixing, prepare
-from nvit_jax.parallel import Parallel
+from nvit_jax.parallel import Parallel, sum_over_processes
 from nvit_jax.pipeline import Stream, eval_batches, train_stream
 from nvit_jax.reshape import reshape
 from nvit_jax.teachers import Teacher
@@ -86,7 +86,9 @@ def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) ->
     if preprocessing is None and (run.config.data.name == "folder" or run.config.data.name.startswith("tfds:")):
         preprocessing = data.Preprocessing.imagenet(dims.image)
     where = run.config.data.to_dict()
-    loading = data.Loading(where.pop("workers"), where.pop("threads"), where.pop("max_bad_fraction"))
+    loading = data.Loading(
+        where.pop("workers"), where.pop("threads"), where.pop("max_bad_fraction"), jax.process_count()
+    )
     dataset = data.load_dataset(**where, loading=loading, preprocessing=preprocessing)
     data.check_fits(dataset, dims.image, dims.channels, dims.classes)
     if dataset.overlap:
@@ -128,6 +130,22 @@ def evaluator(
         return evaluate(step, (params, masks), batches, advance)
 
     return run
+
+
+def count_bad(dataset: data.Dataset) -> int:
+    """Images that could not be read, of all splits and processes."""
+    return sum_over_processes(sum(len(split.bad) for split in dataset.splits.values()))
+
+
+def cost(stage: StageDir, seconds: float, images: int) -> dict[str, Any]:
+    """For metrics.json: what a training loop of this process took, evaluations included."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "loop_seconds": seconds,
+        "images_per_second": images / max(seconds, 1e-9),
+        "input_wait": stage.input_wait / max(seconds, 1e-9),  # the part in which the device had no images
+        "peak_memory_bytes": stats.get("peak_bytes_in_use"),  # of the first device, None where it does not tell
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +243,7 @@ def read_teacher(directory: str, key: str, dims: ViTDims, preprocessing: data.Pr
         )
     if isinstance(model.dims, ViTDims) and model.dims.image != dims.image:
         raise UserError(f"{key}={directory} reads images of {model.dims.image} pixels, not {dims.image}")
-    own = data.Preprocessing.from_json(model.info["preprocessing"])
+    own = data.Preprocessing.from_json(model.info.get("preprocessing", {}))
     # (x / scale_t - mean_t) / std_t, with x / scale = student * std + mean
     ratio = preprocessing.scale / own.scale
     std, mean = np.array(preprocessing.std, np.float32), np.array(preprocessing.mean, np.float32)

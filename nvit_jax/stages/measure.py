@@ -11,7 +11,7 @@ from nvit_jax.distill import Stopped
 from nvit_jax.parallel import Parallel, is_main, wait_for_all
 from nvit_jax.ranking import group_sizes
 from nvit_jax.stages import rules
-from nvit_jax.stages.common import Run, compute_dtype, dense_model, evaluator, load_data, need
+from nvit_jax.stages.common import Run, compute_dtype, count_bad, dense_model, evaluator, load_data, need
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def evaluate_models(run: Run) -> dict[str, Any]:
 
     def advance(before: int, done: int) -> None:
         run.stage.advance(before + done, "")
+        if run.stage.stopping:  # what is scored is kept
+            raise Stopped("stopped while evaluating")
 
     with run.stage.progress(images * len(todo)):
         for number, name in enumerate(todo):
@@ -106,7 +108,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
                 c.eval.batch,
                 compute_dtype(c),
                 advance=functools.partial(advance, number * images),
-                report=run.stage.say,
+                report=run.stage.warn,
             )
             known[name] = {"id": ids[name]} | score(parallel.place(found[name].params), None)
             write_json(known_path, known)
@@ -133,6 +135,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
             "device": timing.device_name(),
             "dtype": c.dtype,
             "calibration_overlap": dataset.overlap > 0,
+            "bad_images": count_bad(dataset),
         }
     write_json(run.workdir / "summary.json", summary)
     run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")

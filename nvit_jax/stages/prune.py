@@ -28,6 +28,8 @@ from nvit_jax.stages.common import (
     Run,
     augmentation,
     compute_dtype,
+    cost,
+    count_bad,
     dense_dir,
     dense_model,
     evaluator,
@@ -82,6 +84,9 @@ def prune_model(run: Run) -> dict[str, Any]:
         "dense_latency_ms": dense_ms,
         "masked_vs_compact_max_abs_diff": difference,
         "calibration_overlap": dataset.overlap > 0,
+        "bad_images": count_bad(dataset),
+        "input_wait_seconds": stage.input_wait,
+        "peak_memory_bytes": cost(stage, 1.0, 0)["peak_memory_bytes"],
         "dims": compact_dims.to_json(),
         "seconds": stage.seconds(),
     }
@@ -156,6 +161,8 @@ def _phase(
         label_teacher=functools.partial(teacher.logits, dtype=compute_dtype(c)) if teacher else None,
         dtype=compute_dtype(c),
         drop_path=0.0 if p.plain_first and not first else p.drop_path,
+        accumulate=p.accumulate,
+        remat=p.remat,
     )
     score = prune.make_score_step(
         dims,
@@ -226,7 +233,7 @@ def _prune(
 ) -> prune.PruneState:
     c, p, stage, dims = run.config, run.config.prune, run.stage, dense.dims
     parallel = Parallel.create(c.parallel)
-    for name, size in (("prune.batch", p.batch), ("prune.score.batch", p.score.batch)):
+    for name, size in (("prune.batch / accumulate", p.batch // p.accumulate), ("prune.score.batch", p.score.batch)):
         parallel.check_batch(size, f"config.{name}")
     number = STAGES.index(stage.name)
     augment, train_split = augmentation(run, dataset, parallel), dataset.split("train")
@@ -235,11 +242,11 @@ def _prune(
         stream: Callable[[int], Any] = _no_training
     else:
         stream = stack.enter_context(
-            contextlib.closing(augment.stream(train_split, p.batch, (c.seed, number, 0), stage.say))
+            contextlib.closing(augment.stream(train_split, p.batch, (c.seed, number, 0), stage.warn))
         )
     score_rows = parallel.local_rows(p.score.batch)
     score_stream = train_stream(train_split, p.score.batch, (c.seed, number, 1), score_rows)
-    score_stream.report = stage.say
+    score_stream.report = stage.warn
     stack.callback(score_stream.close)
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
     label_params = None if teacher_model is None else parallel.place(teacher_model.params)
@@ -256,12 +263,14 @@ def _prune(
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
     stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
     teacher = parallel.place(dense.params)
-    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.say)
+    val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.warn)
     batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
 
     def score(train: distill.TrainState, pruning: int) -> Any:
         total: Any = None
         for i in range(batches):
+            if i % 8 == 0 and stage.stopping:
+                raise distill.Stopped(f"stopped while scoring for pruning {pruning + 1}")
             number = pruning * batches + i
             batch = score_stream(number)
             batch["index"] = batch["index"] + number * p.score.batch  # its own probes and drawn labels

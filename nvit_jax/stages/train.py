@@ -19,12 +19,14 @@ from nvit_jax.dims import ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.groups import Params
 from nvit_jax.losses import Objective
-from nvit_jax.parallel import Parallel, fetch
+from nvit_jax.parallel import Parallel, fetch, wait_for_all
 from nvit_jax.pipeline import Stream
 from nvit_jax.stages.common import (
     Run,
     augmentation,
     compute_dtype,
+    cost,
+    count_bad,
     dense_model,
     dims_from_config,
     evaluator,
@@ -70,7 +72,7 @@ class _Training:
     def stream(self, *more: int) -> Stream:
         """Its batches; with `more` in the seed, others."""
         seed = (self.run.config.seed, STAGES.index(self.run.stage.name), *more)
-        return self._augment.stream(self._split, self.section.batch, seed, self.run.stage.say)
+        return self._augment.stream(self._split, self.section.batch, seed, self.run.stage.warn)
 
     def compiled(self, optimizer: optax.GradientTransformation, **regularisation: float) -> distill.StepFn:
         """(state on the devices, host batch) -> (state, metrics)."""
@@ -140,7 +142,9 @@ def _fit_stage(
     """
     section, parallel = training.section, training.parallel
     config, stage = training.run.config, training.run.stage
-    val = evaluator(training.dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config), report=stage.say)
+    val = evaluator(
+        training.dims, dataset, "val", parallel, section.batch * 4, compute_dtype(config), report=stage.warn
+    )
     optimizer, state = _begin_or_resume(training, params, sparse, val)
     first = int(state.step)
     stage.cut_back("log.jsonl", first, lambda line: line["step"] <= first)
@@ -176,8 +180,9 @@ def _fit_stage(
         "steps": training.steps,
         "step": step,  # after which the model is taken
         "val_top1": val(parallel.place(trained), None)["top1"],
-        "input_wait": stream.waited / max(seconds, 1e-9),  # of the time of the training loop
+        "bad_images": count_bad(dataset),
         "matmul_precision": config.matmul_precision,
+        **cost(stage, seconds, (training.steps - first) * section.batch),
     }
 
 
@@ -190,6 +195,7 @@ class _Best:
     def __init__(self, place: pathlib.Path, dims: ViTDims) -> None:
         self._place, self._dims, self.top1 = place, dims, -1.0
         recover(place)
+        wait_for_all(f"recover {place}")
         if place.is_dir():
             self.top1 = read_json(place / "model.json")["provenance"]["val_top1"]
 
