@@ -1,6 +1,6 @@
 """The Vision Transformer, original and pruned, masked and compact: one Linen module and one pure function.
 
-This is the only importer of flax.linen beside teachers. Everybody else calls `forward` and `init`.
+Only this, layers and teachers import flax.linen. Everybody else calls `forward` and `init`.
 
 Masks are an argument. A gate is differentiable at exactly one place, where it scales weights linearly: embed =
 everything that writes the residual stream, head and v = rows of the output projection, qk = query weight and
@@ -19,121 +19,21 @@ import jax.numpy as jnp
 from nvit_jax import groups
 from nvit_jax.dims import Units, ViTDims
 from nvit_jax.groups import Params
+from nvit_jax.layers import (
+    STD,
+    Dense,
+    Dtype,
+    LayerNorm,
+    drop_path,
+    dropout,
+    gate,
+    kernel_init,
+    layer_keys,
+    multiply,
+    wide,
+)
 
-Dtype = Any
 PARTS = ("attention", "mlp")  # of a block
-_STD = 0.02
-_kernel_init = nn.initializers.truncated_normal(_STD)
-
-
-def _wide(dtype: Dtype) -> Dtype:
-    """Statistics, softmax and losses run in at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
-    """[..., I] @ [I, O] with factors in `dtype`, the sums, the result and the kernel's gradient in float32."""
-    return jax.lax.dot_general(
-        x.astype(dtype), kernel.astype(dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, kernel, dtype), (x, kernel)
-
-
-def _product_backward(dtype: Dtype, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    g, rows = g.astype(dtype), tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(
-        g, kernel.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    dkernel = jax.lax.dot_general(x.astype(dtype), g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-class Dense(nn.Module):
-    """A linear layer over the last `axes` axes: kernel [*inputs, *features], bias [*features].
-
-    In bfloat16 only the factors are rounded: gradients come out, and are summed over devices, in float32.
-    """
-
-    features: tuple[int, ...]
-    axes: int = 1
-    use_bias: bool = True
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = x.shape[x.ndim - self.axes :]
-        kernel = self.param("kernel", _kernel_init, (*inputs, *self.features))
-        bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
-        flat = x.reshape(*x.shape[: x.ndim - self.axes], -1)
-        y = _multiply(flat, kernel.reshape(flat.shape[-1], -1), self.dtype).reshape(*flat.shape[:-1], *self.features)
-        y = y if bias is None else y + bias
-        return y.astype(self.dtype or y.dtype)
-
-
-def _multiply(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
-    """[..., I] @ [I, O]; the plain product wherever it is not narrower than float32, of any order of derivatives."""
-    if dtype is None or jnp.dtype(dtype).itemsize >= 4:
-        return x @ kernel
-    return _product(x, kernel, dtype)
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the kept channels; removed channels come out as 0."""
-
-    eps: float
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, gate: jax.Array | None) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        y = x.astype(_wide(x.dtype))
-        if gate is None:
-            centred = y - y.mean(-1, keepdims=True)
-            variance = jnp.square(centred).mean(-1, keepdims=True)
-            out = centred * jax.lax.rsqrt(variance + self.eps) * scale + bias
-        else:
-            kept = jax.lax.stop_gradient(gate).astype(y.dtype)[..., None, :]
-            count = kept.sum(-1, keepdims=True)
-            centred = (y - (y * kept).sum(-1, keepdims=True) / count) * kept
-            variance = jnp.square(centred).sum(-1, keepdims=True) / count
-            out = (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias) * kept
-        return out.astype(self.dtype or x.dtype)
-
-
-def _gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """Multiply [B, N, ...units] by a gate [...units] or, per sample, [B, ...units]."""
-    if gate is None:
-        return x
-    return x * (gate if gate.ndim == x.ndim - 2 else gate[:, None]).astype(x.dtype)
-
-
-def _layer_keys(keys: jax.Array, data: jax.Array | int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
-
-
-def _dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
-    """Elementwise dropout drawn from one key per example, so that it does not depend on the device count."""
-    if keys is None or rate == 0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
-def _drop_path(x: jax.Array, keys: jax.Array | None, rate: jax.Array | float) -> jax.Array:
-    """Stochastic depth: drop the branch of whole examples."""
-    if keys is None:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
-    return jnp.where(keep[:, None, None], x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class Block(nn.Module):
@@ -154,34 +54,34 @@ class Block(nn.Module):
         gates = gates if gates is not None else Units(None, None, None, None, None)
         dense = functools.partial(Dense, dtype=self.dtype)
         norm = functools.partial(LayerNorm, eps=d.norm_eps, dtype=self.dtype)
-        branch_keys = [None] * 4 if keys is None else [_layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
+        branch_keys = [None] * 4 if keys is None else [layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
         rate = self.drop_path * layer / max(d.depth - 1, 1)
 
         def write(branch: jax.Array, name: str, path_keys: Any) -> jax.Array:
             if d.layer_scale:
                 scale = self.param(name, nn.initializers.constant(1e-4), (d.embed,))
-                branch = (branch.astype(_wide(branch.dtype)) * scale).astype(branch.dtype)
-            return _gate(_drop_path(branch, path_keys if self.drop_path else None, rate), embed)
+                branch = (branch.astype(wide(branch.dtype)) * scale).astype(branch.dtype)
+            return gate(drop_path(branch, path_keys if self.drop_path else None, rate), embed)
 
         if "attention" in self.parts:
             y = norm(name="norm1")(x, embed)
             q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
             k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
             v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
-            logits = jnp.einsum("bqhd,bkhd->bhqk", _gate(q, gates.qk) * d.qk_scale, k)
-            weights = jax.nn.softmax(logits.astype(_wide(logits.dtype))).astype(v.dtype)
+            logits = jnp.einsum("bqhd,bkhd->bhqk", gate(q, gates.qk) * d.qk_scale, k)
+            weights = jax.nn.softmax(logits.astype(wide(logits.dtype))).astype(v.dtype)
             z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
-            z = _gate(z, gates.v)
-            z = z if gates.head is None else _gate(z, gates.head[..., None])
+            z = gate(z, gates.v)
+            z = z if gates.head is None else gate(z, gates.head[..., None])
             y = dense((d.embed,), axes=2, name="proj")(z)
-            x = x + write(_dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
+            x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
 
         if "mlp" in self.parts:
             y = norm(name="norm2")(x, embed)
             y = dense((d.mlp[i],), name="fc1")(y)
-            y = _gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+            y = gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
             y = dense((d.embed,), name="fc2")(y)
-            x = x + write(_dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
+            x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
         return x, None
 
 
@@ -206,17 +106,17 @@ class ViT(nn.Module):
         kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape))
         patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=d.patch, q=d.patch)
         # The stream begins in float32, so that the gradients of tokens and positions are summed in it.
-        x = _multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel["bias"]
+        x = multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel["bias"]
         tokens = []
         if d.cls_token:
-            tokens.append(self.param("cls_token", _kernel_init, (d.embed,))[None])
+            tokens.append(self.param("cls_token", kernel_init, (d.embed,))[None])
         if d.dist_token:
-            tokens.append(self.param("dist_token", _kernel_init, (d.embed,))[None])
+            tokens.append(self.param("dist_token", kernel_init, (d.embed,))[None])
         if d.registers:
-            tokens.append(self.param("registers", _kernel_init, (d.registers, d.embed)))
+            tokens.append(self.param("registers", kernel_init, (d.registers, d.embed)))
         if d.positions != "none":
             count = d.tokens if d.positions == "all" else d.patches
-            positions = self.param("positions", _kernel_init, (count, d.embed))
+            positions = self.param("positions", kernel_init, (count, d.embed))
             x = x + positions[count - d.patches :]
             if d.positions == "all" and tokens:
                 tokens = [jnp.concatenate(tokens) + positions[: d.prefix]]
@@ -229,8 +129,8 @@ class ViT(nn.Module):
     def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
         d = self.dims
         embed = None if masks is None else masks.embed
-        x = _gate(self._stream(images), embed)
-        x = _dropout(x, None if keys is None else _layer_keys(keys, 0), self.dropout)
+        x = gate(self._stream(images), embed)
+        x = dropout(x, None if keys is None else layer_keys(keys, 0), self.dropout)
 
         block = functools.partial(Block, d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
         gates = None if masks is None else masks._replace(embed=None)
@@ -261,7 +161,7 @@ class ViT(nn.Module):
             x = norm(x, embed)
         if not d.classes:
             return x
-        x = x.astype(_wide(x.dtype))  # the classifiers are small, and their logits decide
+        x = x.astype(wide(x.dtype))  # the classifiers are small, and their logits decide
         if d.pre_logits:
             x = jnp.tanh(Dense((d.pre_logits,), name="pre_logits")(x))
         names = ("head", "head_dist")[: d.classifiers]
@@ -334,9 +234,9 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
     leaves = dict(groups.flatten(params))
     for path in leaves:
         if path == "positions":
-            leaves[path] *= position_std / _STD
+            leaves[path] *= position_std / STD
         elif path.endswith("kernel") and path != "patch_embed/kernel":
-            leaves[path] *= std / _STD
+            leaves[path] *= std / STD
     return groups.unflatten(leaves)
 
 

@@ -9,7 +9,7 @@ import nvit_jax
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 ORDER = [  # lowest first; a module imports only from the lines above its own
     "errors torch_vit torch_regnet",
-    "dims losses parallel config weights layouts images sources",
+    "dims losses parallel config weights layouts images sources layers",
     "augment mixing data",
     "checkpoint groups pipeline evaluate roofline canonical positions",
     "workdir masks models teachers interchange sparsity",
@@ -67,7 +67,7 @@ def test_imports_go_down_only():
 
 def test_only_models_and_teachers_import_linen():
     found = [name for name, tree in modules() if any(i.startswith("flax") for i in imports(tree))]
-    assert found == ["models", "teachers"]
+    assert found == ["layers", "models", "teachers"]
 
 
 def test_ranking_is_numpy_only():
