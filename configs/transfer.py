@@ -4,8 +4,10 @@ python convert_deit_weights.py --checkpoint deit_tiny_patch16_224.pth --classes 
 python main.py --config configs/transfer.py:cifar10 --workdir runs/cifar10 --config.pretrain.start=deit_tiny_10
 
 :cifar10, :cifar100, :inat18 are read from tensorflow-datasets (prepared once; main.py says how), :inat19 from folders
-(--config.data.path=ROOT with train/ and val/). CIFAR-10 as folders: --config.data.name=folder --config.data.path=ROOT.
-Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run.
+(--config.data.path=ROOT with train/ and val/). CIFAR-10 as folders: --config.data.name=folder
+--config.data.train=ROOT/train --config.data.val=ROOT/test. The same by another criterion: --config.prune.criterion=magnitude
+in a copy of the workdir. Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run; rehearsed on a CPU with 400
+images and a few steps.
 """
 
 from ml_collections import ConfigDict

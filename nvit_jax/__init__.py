@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 _EXPORTS = {
     "Model": "api",
     "load_model": "api",

@@ -3,7 +3,7 @@
     python -m tests.ablations.memory [--preset deit_base] [--batch 64] [--dtype bfloat16] [--remat]
 
 Arguments are the training state (parameters, two moments, their average) and the teachers' parameters; temporaries are
-activations, gradients and whatever the program needs beside. Plans differ between devices: on a CPU bfloat16 is widened,
+activations, gradients and whatever the program needs beside. Plans differ between devices: a CPU widens bfloat16,
 so that a GPU needs less.
 """
 
