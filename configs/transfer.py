@@ -5,9 +5,9 @@ python main.py --config configs/transfer.py:cifar10 --workdir runs/cifar10 --con
 
 :cifar10, :cifar100, :inat18 are read from tensorflow-datasets (prepared once; main.py says how), :inat19 from folders
 (--config.data.path=ROOT with train/ and val/). CIFAR-10 as folders: --config.data.name=folder
---config.data.train=ROOT/train --config.data.val=ROOT/test. The same by another criterion: --config.prune.criterion=magnitude
-in a copy of the workdir. Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run; rehearsed on a CPU with 400
-images and a few steps.
+--config.data.train=ROOT/train --config.data.val=ROOT/test. By another criterion: --config.prune.criterion=magnitude and
+another workdir, into which pretrain/ and latency/ are copied.
+Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run; rehearsed on a CPU with 400 images and a few steps.
 """
 
 from ml_collections import ConfigDict
