@@ -1,6 +1,7 @@
 """Every test sees 4 virtual CPU devices; compiled programs are kept in a cache beside the tests."""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -15,9 +16,12 @@ from nvit_jax.masks import check_masks, full_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
+CACHE = {"jax_compilation_cache_dir": str(ROOT / ".jax_cache"), "jax_persistent_cache_min_compile_time_secs": 0.2}
+# Of a run in a process of its own: the CPU, and the same cache.
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"} | {name.upper(): str(value) for name, value in CACHE.items()}
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+for name, value in CACHE.items():
+    jax.config.update(name, value)
 
 
 @pytest.fixture

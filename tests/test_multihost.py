@@ -1,7 +1,6 @@
 """Two processes of two devices end with what one process of four ends with."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 
 import nvit_jax
 from nvit_jax.groups import flatten
@@ -28,7 +27,7 @@ ARGUMENTS = [
 
 def start(workdir: pathlib.Path, devices: int, *more: str) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = ENVIRONMENT | {"XLA_FLAGS": flags}
     command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir), *more]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

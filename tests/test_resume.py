@@ -1,7 +1,6 @@
 """Runs that are killed end with the same parameters, masks and logs, bit for bit, as one that was not."""
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -11,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, call
+from conftest import ENVIRONMENT, ROOT, call
 
 import nvit_jax
 from nvit_jax.groups import flatten
@@ -31,10 +30,9 @@ SAME = [f"{stage}/log.jsonl" for stage in ("pretrain", "prune", "finetune")] + [
 
 
 def start(workdir: pathlib.Path, *more: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir), *more]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
