@@ -28,7 +28,10 @@ ARGUMENTS = [
 def start(workdir: pathlib.Path, devices: int, *more: str) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = ENVIRONMENT | {"XLA_FLAGS": flags}
-    command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir), *more]
+    given = {argument.split("=")[0] for argument in more}
+    arguments = [argument for argument in ARGUMENTS if argument.split("=")[0] not in given]
+    config_first = sorted((*arguments, *more), key=lambda argument: not argument.startswith("--config="))
+    command = [sys.executable, "main.py", *config_first, "--workdir", str(workdir)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
