@@ -18,9 +18,11 @@ does not find the others by itself (it does on Cloud TPU, SLURM, Open MPI, Kuber
 --processes=N --process_id=I, and --local_devices=0,1 for a part of a host's devices.
 """
 
+import os
 import pathlib
 import sys
 import traceback
+from typing import Any
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +54,12 @@ def main(argv: list[str]) -> int:
 _LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Gloo", "heartbeat", "arrier", "Connection")
 
 
+def _quiet(unraisable: Any) -> None:
+    """Tensorstore's threads say this, once a file, after a save that failed and was reported."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _several() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
@@ -61,7 +69,6 @@ def _failed(message: str, code: int) -> int:
     """Say it and leave. With several processes at once: an orderly end would wait for those that wait for this one."""
     print(f"error: {message}", file=sys.stderr)
     if _several():
-        import os
         import time
 
         import jax
@@ -87,6 +94,7 @@ def _run(argv: list[str]) -> int:
     from nvit_jax.distill import Stopped
     from nvit_jax.stages import run_stages
 
+    sys.unraisablehook = _quiet
     with STOP.listen():
         try:
             run_stages(config, pathlib.Path(flags.workdir), names, force=flags.force)
@@ -97,4 +105,9 @@ def _run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # everything is closed; a thread of Orbax whose save has failed would be waited for
+    sys.exit(0)

@@ -22,8 +22,8 @@ from nvit_jax.errors import UserError
 from nvit_jax.parallel import any_process, fetch, is_main, wait_for_all
 
 Path = pathlib.Path
-# Orbax and absl report every save; a run has its own progress lines.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs every save, and tracebacks of what is raised here, too; a run has its own lines.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
