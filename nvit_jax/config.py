@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
     c.latency.roofline.gbs = placeholder(float)  # memory bandwidth, 10^9 bytes a second
     c.latency.roofline.tile = 1  # widths are padded to a multiple of it (TPU: 128)
     c.latency.batch = 256  # images in the timed batch
-    c.latency.widths = ConfigDict({"embed": 4, "heads": 4, "qk": 3, "v": 3, "mlp": 5})  # grid points of each axis
+    c.latency.widths = ConfigDict({"embed": 5, "heads": 4, "qk": 3, "v": 3, "mlp": 5})  # grid points of each axis
     c.latency.models = 7  # whole models of random widths that, with the dense one, the pieces are corrected by
     c.latency.repeats = 15  # timings of everything; the median counts
 
