@@ -297,17 +297,22 @@ def _tfds(name: str, path: str | None, train: str | None, val: str | None, pre: 
 
 
 def _overlap(splits: Mapping[str, Split]) -> int:
-    """Images of val that are in train: files of the same name in the same class, and of the same size."""
+    """Images of val that are in train: files of the same name in the same class, with the same content."""
     if len(splits) < 2:
         return 0
     train, val = (splits[name].source for name in ("train", "val"))
     assert isinstance(train, Folder) and isinstance(val, Folder)
     common = set(train.names) & set(val.names)
+    if train.root.samefile(val.root):
+        return len(common)
 
-    def size(file: pathlib.Path) -> int:
-        return file.stat().st_size if file.exists() else -1  # a link to nowhere is a broken image, later on
+    def same(name: str) -> bool:
+        files = [root / name for root in (train.root, val.root)]
+        if not all(file.exists() for file in files):  # a link to nowhere is a broken image, later on
+            return False
+        return files[0].stat().st_size == files[1].stat().st_size and files[0].read_bytes() == files[1].read_bytes()
 
-    return sum(size(train.root / name) == size(val.root / name) for name in common)
+    return sum(same(name) for name in common)
 
 
 def check_fits(data: Dataset, image: int, channels: int, classes: int) -> None:
