@@ -15,7 +15,7 @@ KILLS = 20
 
 
 def test_sigkill_at_many_random_moments(undisturbed, tmp_path):  # noqa: F811
-    """In turns in pretrain, prune and finetune, between and inside of saves; every third time the run is let through."""
+    """In turns in pretrain, prune and finetune, in and between saves; every third time the run is let through."""
     draw, stages = random.Random(1), ("pretrain", "prune", "finetune")
     kills = []
     for number in range(KILLS + 1):
