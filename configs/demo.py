@@ -1,6 +1,6 @@
 """The demo: 1,797 real 8x8 scans of digits, a 0.3 M ViT pruned to half of its MACs and 0.65 of its latency.
 
-python main.py --config configs/demo.py --workdir runs/demo         # about 2.6 minutes on 2 CPU cores
+python main.py --config configs/demo.py --workdir runs/demo         # about 3 minutes on 2 CPU cores
 python main.py --config configs/demo.py:fast --workdir runs/fast    # the same stages, short: to see them run
 """
 

@@ -11,7 +11,7 @@ import argparse
 import io
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -65,7 +65,9 @@ def others() -> dict[str, Way]:
     }
 
 
-def steps(files: list[pathlib.Path], contents: list[bytes]) -> dict[str, tuple[Callable[[Any], Any], list[Any], int]]:
+def steps(
+    files: list[pathlib.Path], contents: list[bytes]
+) -> dict[str, tuple[Callable[[Any], Any], Sequence[Any], int]]:
     """Every step of reading for training: what it does, to what, and how many images that is."""
     decoded = [simplejpeg.decode_jpeg(content) for content in contents]
     crops = [crop_box(pixels.shape[1::-1], np.random.default_rng(i), SCALE, RATIO) for i, pixels in enumerate(decoded)]
@@ -86,7 +88,7 @@ def steps(files: list[pathlib.Path], contents: list[bytes]) -> dict[str, tuple[C
         "read the file": (lambda file: file.read_bytes(), files, 1),
         "decode": (simplejpeg.decode_jpeg, contents, 1),
         "resize the crop": (lambda part: images._resize(part, SIZE), parts, 1),
-        "RandAugment": (lambda view: RandAugment()(view, np.random.default_rng(0), FILL), views, 1),
+        "RandAugment": (lambda i: RandAugment()(views[i], np.random.default_rng(i), FILL), range(len(views)), 1),
         "put into a batch": (np.stack, groups, batch),
         "normalise, erase, mix (device)": (lambda raw: on_the_device(raw).block_until_ready(), stacked, batch),
     }
