@@ -42,7 +42,7 @@ def test_a_full_disk_and_then_space_again(undisturbed, tmp_path):  # noqa: F811
     workdir = tmp_path / "W"
     process = start(workdir)
     assert wait_for_a_state(process, workdir / "pretrain" / "state")
-    process.kill()
+    process.terminate()
     process.communicate()
     command = [sys.executable, "main.py", *ARGUMENTS, "--workdir", str(workdir)]
     limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
