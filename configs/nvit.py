@@ -1,11 +1,11 @@
 """What NViT-B, H, S and T share: the released pruning loop and finetuning. Not a config itself; see nvit_b.py.
 
 The expected times of their headers are computed, not measured. A training step costs 6 operations a MAC of the
-trained model and 2 of a teacher (DeiT-B 17.6 G, RegNetY-16GF 15.9 G); an H100 does 40 % of its 989 TFLOP/s in bfloat16,
-and half of its 67 TFLOP/s in float32, in which saliency runs. Finetuning to NViT-B: 300 * 1.28 M images * (6 * 6.8 + 2
-* 33.5) GFLOP = 29 hours. A pruning trains with and scores 100 batches of 512: 22 s and 270 s; there are 2,616 runs of
-units, two go at a time, and half to all of 1,308 prunings are needed, 2 to 4 days (prune.score.batches=10: 9 to 18
-hours). Reading 520 augmented images a second and core, 8 GPUs that finetune to NViT-B want 57 cores.
+trained model and 2 of a teacher (DeiT-B 17.6 G, RegNetY-16GF 15.9 G); an H100 does 40 % of its 989 TFLOP/s in bfloat16.
+Finetuning to NViT-B: 300 * 1.28 M images * (6 * 6.8 + 2 * 33.5) GFLOP = 29 hours. Between two prunings lie 100 steps
+of 512, 22 s, whose gradients score; there are 2,616 runs of units, two go at a time, and half to all of 1,308 prunings
+are needed: 4 to 8 hours, and an assumed 3 s of each to evaluate and save. Reading 520 augmented images a second and
+core, 8 GPUs that prune want 36 cores, that finetune to NViT-B 57.
 """
 
 from ml_collections import ConfigDict
@@ -31,9 +31,7 @@ def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
 
     c.prune.update(criterion="taylor", align="shared", profile="nvit", rule="nvit", eta=5e-4)
     c.prune.update(mode="iterative", interval=100, groups_per_step=2, ema=0.9, reset_scores=True)
-    # The released engine takes the gradients of its 100 training steps; here 100 more batches are scored, in float32
-    # and without augmentation, all at the weights that are pruned.
-    c.prune.score.update(loss="mix", batch=512, batches=100)
+    c.prune.score.from_training = True
     c.prune.update(batch=512, learning_rate=1e-4, drop_path=0.1)
     c.prune.update(label_weight=1.0, teacher_alpha=0.5, kl_weight=1e5, tau=3.0, plain_first=True)
     c.prune.snapshots = ratios[:-1]
@@ -89,7 +87,6 @@ def _tiny(c: ConfigDict) -> None:
     c.latency.widths.update(embed=2, heads=2, qk=2, v=2, mlp=3)
     c.pretrain.update(epochs=1.0, learning_rate=3e-3)
     c.prune.update(interval=1, groups_per_step=1, batch=32, teacher_alpha=0.0, kl_weight=10.0)
-    c.prune.score.update(batch=64, batches=1)
     c.prune.snapshots = tuple(round(0.6 + 0.4 * r, 3) for r in c.prune.snapshots)
     c.prune.target.latency_ratio = round(0.6 + 0.4 * c.prune.target.latency_ratio, 3)
     c.finetune.update(epochs=0.5, batch=32, teacher_alpha=0.0, kl_weight=10.0, tau=2.0, ema=0.9)

@@ -7,7 +7,7 @@ python main.py --config configs/nvit_h.py --workdir runs/nvit_h --config.model=d
     --config.data.classes=imagenet.tsv [--config.latency.table=latency_head.json]
 
 Hardware of the paper: 4 V100 to prune (global batch 512), 32 V100 to finetune (global batch 4,608).
-Expected time, computed in configs/nvit.py: pruning 2 to 4 days on one H100 (8: 6 to 13 h), finetuning 28 h (8: 3.5 h).
+Expected time, computed in configs/nvit.py: pruning 5 to 9 h on one H100 (8: 1 to 2 h), finetuning 28 h (8: 3.5 h).
 Without latency.table the latency stage measures this device; the published ratios are the V100 table's.
 Published: 30 M parameters, 6.2 GFLOPs, 2.01x on V100, top-1 82.95 %.
 Ours: not run.

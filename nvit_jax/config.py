@@ -101,6 +101,9 @@ def default_config() -> ConfigDict:
     prune.score = score = ConfigDict()
     # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model).
     score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher; labels for taylor
+    # taylor alone, with plain_first: from the gradients that the training steps since the last pruning take anyway, as
+    # NViT; the other keys of this section have no part then
+    score.from_training = False
     score.batch = 256
     score.batches = 1  # per pruning, and at most one pass over the train split
     score.scheme = "chunk"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), chunk, unit (exact)
@@ -280,6 +283,14 @@ def check_config(c: ConfigDict) -> None:
         ("score.scheme", p.score.scheme, SCHEMES),
     ):
         need(value in choices, f"prune.{key}", value, f"must be one of {', '.join(str(x) for x in choices)}")
+    collects = p.score.from_training
+    good = not collects or (p.criterion == "taylor" and p.plain_first and p.interval > 0 and p.mode != "one_shot")
+    words = (
+        "needs prune.criterion=taylor, plain_first, an interval and a mode that trains: their steps are scored"
+    )
+    need(good, "prune.score.from_training", collects, words)
+    good = not collects or p.score.loss is None
+    need(good, "prune.score.loss", p.score.loss, "does not go with score.from_training: the training loss it is")
     need(p.eta >= 0, "prune.eta", p.eta, "must be >= 0")
     good = p.rule != "nvit" or (p.align == "shared" and p.mode == "iterative")
     need(

@@ -1,6 +1,7 @@
 """AdamW with the usual rules: cosine with warm-up, no decay but for kernels, moments of removed units zeroed."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,42 @@ def adamw(
     return optimizer if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
+class Collected(NamedTuple):
+    """The state of `collecting`: scores summed over the steps since the last pruning, and its masks."""
+
+    inner: Any
+    masks: Units
+    scores: Units
+
+
+def collecting(
+    optimizer: optax.GradientTransformation, criterion: Callable[[Params, Params, Units], Units], masks: Units
+) -> optax.GradientTransformation:
+    """`optimizer`, which also sums up criterion(params, gradient, masks) over its steps: saliency from the gradients
+    that training takes anyway. The weights are those after the step and the gradient is from before it, as in the
+    released NViT, whose optimizer steps first.
+    """
+
+    def init(params: Params) -> Collected:
+        return Collected(optimizer.init(params), *_from_zero(masks))
+
+    def update(gradient: Any, state: Collected, params: Any = None) -> tuple[Any, Collected]:
+        updates, inner = optimizer.update(gradient, state.inner, params)
+        found = criterion(optax.apply_updates(params, updates), gradient, state.masks)
+        scores = jax.tree.map(lambda total, s: total + s.astype(total.dtype), state.scores, found)
+        return updates, Collected(inner, state.masks, scores)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _from_zero(masks: Units) -> tuple[Units, Units]:
+    zeros = Units(*(jnp.zeros(m.shape, jnp.result_type(float)) for m in masks))
+    return Units(*(jnp.asarray(m) for m in masks)), zeros
+
+
 def zero_removed(opt_state: Any, masks: Units) -> Any:
-    """Both Adam moments of every weight that belongs to a removed unit become 0."""
+    """After a pruning: both Adam moments of every weight that belongs to a removed unit become 0, and scores are
+    collected from 0 again."""
 
     def is_adam(node: Any) -> bool:
         return isinstance(node, optax.ScaleByAdamState)
@@ -46,6 +81,8 @@ def zero_removed(opt_state: Any, masks: Units) -> Any:
             nu=jax.tree.map(lambda m, k: m * k.astype(m.dtype), node.nu, kept),
         )
 
+    if isinstance(opt_state, Collected):
+        return Collected(zero_removed(opt_state.inner, masks), *_from_zero(masks))
     return jax.tree.map(clear, opt_state, is_leaf=is_adam)
 
 

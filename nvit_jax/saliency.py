@@ -251,6 +251,11 @@ def taylor(
     heads before squaring; each live head then carries an equal part of the score.
     """
     gradient = mean(jax.grad(lambda p: loss(p, masks, batch).mean())(params))
+    return taylor_of(params, gradient, masks, align=align)
+
+
+def taylor_of(params: Params, gradient: Params, masks: Units, *, align: str = "per_head") -> Units:
+    """`taylor` from a gradient that is there already, of the mean loss of a (global) batch in `params`."""
     # The products of a unit cancel: they are summed in the widest type that is enabled.
     wide = jnp.result_type(float)
     products = jax.tree.map(lambda w, g: w.astype(wide) * g.astype(wide), params, gradient)

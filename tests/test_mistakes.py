@@ -42,6 +42,7 @@ import main
         (["--config.prune.protected=('a',)"], "must be numbers of blocks"),
         (["--config.prune.snapshots=('a',)"], "must decrease from below 1"),
         (["--config.prune.snapshots=(0.9,)"], "need prune.mode=iterative"),
+        (["--config.prune.score.from_training=True"], "score.from_training=True: needs prune.criterion=taylor"),
         (["--config.prune.ema=2.0"], "config.prune.ema=2.0: must be in [0, 1)"),
         (["--config.prune.steps=0"], "config.prune.steps=0: must be >= 1"),
         (["--config.prune.floors.qk=0"], "config.prune.floors.qk=0: must be >= 1"),

@@ -16,13 +16,14 @@ from nvit_jax.dims import Units, ViTDims, count_macs, count_params, preset, revi
 from nvit_jax.errors import UserError
 from nvit_jax.masks import full_masks, kept_dims
 from nvit_jax.ranking import group_sizes
-from nvit_jax.workdir import read_lines
+from nvit_jax.workdir import STOP, StageDir, read_lines
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference numbers lie beside the checkout only")
 DIMS = preset("deit_base_distilled")
 SIZES = [16] + [2, 8, 8, 16] * 12
 KINDS = ["embed"] + ["head", "qk", "v", "mlp"] * 12
+ROOFLINE = ("latency.roofline.tflops=0.1", "latency.roofline.gbs=10.0")
 LAYERS = [768] + [12, 64, 64, 3072] * 12
 
 
@@ -236,6 +237,7 @@ def test_the_configs_say_what_the_paper_says(name):
         p, f = c.prune, c.finetune  # design.md sections 7 and 9, as the released commands set them
         assert (p.criterion, p.rule, p.align, p.mode, p.eta) == ("taylor", "nvit", "shared", "iterative", 5e-4)
         assert (p.interval, p.groups_per_step, p.ema, p.reset_scores, p.plain_first) == (100, 2, 0.9, True, True)
+        assert p.score.from_training
         assert group_sizes(p.profile) == {"embed": 16, "head": 2, "qk": 8, "v": 8, "mlp": 16}
         assert (p.label_weight, p.teacher_alpha, p.kl_weight, p.tau, p.drop_path) == (1.0, 0.5, 1e5, 3.0, 0.1)
         assert (f.epochs, f.label_weight, f.teacher_alpha, f.kl_weight, f.tau) == (300, 1.0, 0.5, 1e5, 20.0)
@@ -257,7 +259,7 @@ def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     """
     config = f"{ROOT / 'configs' / 'nvit_t.py'}:tiny"
     workdir = tmp_path / "W"
-    roofline = ("--config.latency.roofline.tflops=0.1", "--config.latency.roofline.gbs=10.0")
+    roofline = [f"--config.{key}" for key in ROOFLINE]
     assert call("--workdir", workdir, *roofline, config=config) == 0
     metrics = read(workdir / "prune" / "metrics.json")
     assert metrics["predicted_latency_ratio"] <= 0.676 and metrics["dims"]["dist_token"]
@@ -279,6 +281,34 @@ def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     wrong = "--config.prune.snapshots=(0.7,0.75)"
     assert call(*again, "--stage=prune", wrong, config=config) == 2
     assert "must decrease" in capsys.readouterr().err
+
+
+def test_scores_of_the_training_steps_survive_a_stop(tmp_path, monkeypatch):
+    """Stopped between two prunings, with gradients collected since the first: the same numbers in the end."""
+    config = f"{ROOT / 'configs' / 'nvit_b.py'}:tiny"
+    keys = ("prune.interval=3", "prune.target.latency_ratio=None", "prune.target.macs_ratio=0.9", "prune.save_every=1")
+    arguments = ["--stage=prune", *(f"--config.{key}" for key in (*keys, *ROOFLINE))]
+    assert call("--workdir", tmp_path / "W", "--stage=pretrain", config=config) == 0
+    arguments.append(f"--config.model={tmp_path / 'W' / 'pretrain' / 'model'}")
+    assert call("--workdir", tmp_path / "W", *arguments, config=config) == 0
+    advance = StageDir.advance
+
+    def stop_at_4(self, step, text, total=None):
+        STOP.received = step == 4
+        advance(self, step, text, total)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageDir, "advance", stop_at_4)
+        assert call("--workdir", tmp_path / "V", *arguments, config=config) == 143
+    assert call("--workdir", tmp_path / "V", *arguments, config=config) == 0
+    for name in ("history.jsonl", "log.jsonl"):
+        texts = [(tmp_path / place / "prune" / name).read_text() for place in "WV"]
+        assert texts[0] == texts[1] and len(texts[0].splitlines()) > 1
+    saved = [load_model(tmp_path / place / "prune" / "masked") for place in "WV"]
+    for a, b in zip(*(jax.tree.leaves((m.params, m.masks)) for m in saved), strict=True):
+        np.testing.assert_array_equal(a, b)
+    line = read_lines(tmp_path / "V" / "prune" / "history.jsonl")[0]
+    assert line["step"] == 3 and line["groups"] == 1
 
 
 def test_revit_t_trains(tmp_path):

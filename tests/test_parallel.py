@@ -1,5 +1,6 @@
 """1 device, 4 devices under jit and 4 under pmap give the same numbers."""
 
+import functools
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from conftest import ROOT, random_images, random_params, small_dims
 from nvit_jax import data, distill, models, optim, prune, saliency
 from nvit_jax.errors import UserError
 from nvit_jax.evaluate import evaluate, make_eval_step
-from nvit_jax.losses import Objective
+from nvit_jax.losses import Objective, objective_loss
 from nvit_jax.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
 from nvit_jax.pipeline import eval_batches
@@ -90,6 +91,37 @@ def test_a_pruning_step(setup, name, loss_name):
     ranked = [rank(jax.tree.map(np.asarray, s), masks, DIMS, policy, targets) for s in (one, many)]
     for a, b in zip(ranked[0].masks, ranked[1].masks, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("setup", ["jit 1", *SETUPS])
+def test_scores_from_training_steps(setup):
+    """Their sum over two steps, each `taylor` of a gradient taken apart; again from 0 after a pruning."""
+    p = parallel(*SETUPS.get(setup, ("jit", 1)))
+    masks = jax.tree.map(jnp.asarray, full_masks(DIMS))
+    masks = masks._replace(mlp=masks.mlp.at[0, :3].set(0))
+    criterion = functools.partial(saliency.taylor_of, align="shared")
+    optimizer = optim.collecting(optim.adamw(1e-3, weight_decay=0.1), criterion, masks)
+    state = distill.new_state(random_params(DIMS, 0, np.float32), optimizer, 7, masks=masks)
+    step, expected, given = distill.make_train_step(DIMS, optimizer, Objective()), 0.0, batch()
+    step = p.compile(step, trains=True)
+
+    def loss(params):
+        logits = models.forward(DIMS, params, given["image"], masks)
+        return objective_loss(Objective(), logits, given)[0].mean()
+
+    for _ in range(2):
+        gradient = jax.grad(loss)(fetch(state.params))
+        state, _ = step(distill.Inputs(p.place(state), None), p.shard(given))
+        flat = saliency.taylor_of(fetch(state.params), gradient, masks, align="shared")
+        expected = flat if not expected else jax.tree.map(jnp.add, expected, flat)
+    close(state.opt_state.scores, expected)
+    assert np.asarray(expected.mlp[1]).min() > 0 and not np.asarray(state.opt_state.scores.mlp[0, :3]).any()
+    fewer = masks._replace(head=masks.head.at[1, 0].set(0))
+    state = state._replace(opt_state=optim.zero_removed(state.opt_state, fewer), masks=fewer)
+    assert not any(np.asarray(s).any() for s in state.opt_state.scores)
+    state, _ = step(distill.Inputs(p.place(state), None), p.shard(given))
+    scores = fetch(state.opt_state.scores)
+    assert not scores.qk[1, 0].any() and scores.qk[1, 1].all() and not scores.head[1, 0].any()
 
 
 @pytest.mark.parametrize("setup", SETUPS)

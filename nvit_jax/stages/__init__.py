@@ -105,6 +105,7 @@ def _compare(config: ConfigDict, workdir: pathlib.Path, criterion: str, *, force
     other = config.copy_and_resolve_references()
     other.compare = ()
     other.prune.criterion = criterion
+    other.prune.score.from_training = config.prune.score.from_training and criterion == "taylor"
     place = workdir / "compare" / criterion
     main_decides(lambda: check_workdir(place))
     for shared in ("pretrain", "latency"):  # the same dense model, the same predictions

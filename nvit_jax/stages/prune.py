@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nvit_jax import data, distill, models, optim, prune, ranking, timing
+from nvit_jax import data, distill, models, optim, prune, ranking, saliency, timing
 from nvit_jax.api import Model, save_model
 from nvit_jax.checkpoint import read_json, saving
 from nvit_jax.config import STAGES
@@ -251,9 +251,11 @@ def _prune(
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
     label_params = None if teacher_model is None else parallel.place(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
+    masks = full_masks(dims)
+    if p.score.from_training:
+        optimizer = optim.collecting(optimizer, functools.partial(saliency.taylor_of, align=p.align), masks)
     later = _phase(c, dims, optimizer, augment, teacher_model, first=False)
     steps = [_phase(c, dims, optimizer, augment, teacher_model, first=True) if p.plain_first else later, later]
-    masks = full_masks(dims)
     state = prune.new_prune_state(distill.new_state(dense.params, optimizer, c.seed, masks=masks))
     if (found := stage.saver.restore(state, stage.say)) is not None:
         restored = found[1]
@@ -265,6 +267,11 @@ def _prune(
     teacher = parallel.place(dense.params)
     val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.warn)
     batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
+
+    def collected(train: distill.TrainState, pruning: int) -> Units:
+        assert isinstance(train.opt_state, optim.Collected)
+        steps_taken = plan.interval if pruning else plan.warmup
+        return Units(*(np.asarray(s, np.float64) / steps_taken for s in fetch(train.opt_state.scores)))
 
     def score(train: distill.TrainState, pruning: int) -> Any:
         total: Any = None
@@ -280,7 +287,10 @@ def _prune(
                 steps[pruning > 0][1](distill.Inputs(train, teacher, label_params), batch),
             )
             total = part if total is None else jax.tree.map(np.add, total, part)
-        scores = jax.tree.map(lambda s: s / batches, total)
+        return jax.tree.map(lambda s: s / batches, total)
+
+    def kept_score(train: distill.TrainState, pruning: int) -> Any:
+        scores = (collected if p.score.from_training else score)(train, pruning)
         if pruning == 0:
             _keep_scores(run, scores, dims, predict)
         return scores
@@ -312,7 +322,7 @@ def _prune(
             plan=plan,
             rank=agreed_rank,
             targets=targets,
-            score=score,
+            score=kept_score,
             train=train,
             monitor=stage,
             evaluate=lambda s: val(parallel.place(s.params), parallel.place(s.masks)),
