@@ -285,9 +285,7 @@ def check_config(c: ConfigDict) -> None:
         need(value in choices, f"prune.{key}", value, f"must be one of {', '.join(str(x) for x in choices)}")
     collects = p.score.from_training
     good = not collects or (p.criterion == "taylor" and p.plain_first and p.interval > 0 and p.mode != "one_shot")
-    words = (
-        "needs prune.criterion=taylor, plain_first, an interval and a mode that trains: their steps are scored"
-    )
+    words = "needs prune.criterion=taylor, plain_first, an interval and a mode that trains: their steps are scored"
     need(good, "prune.score.from_training", collects, words)
     good = not collects or p.score.loss is None
     need(good, "prune.score.loss", p.score.loss, "does not go with score.from_training: the training loss it is")

@@ -1,7 +1,7 @@
 """The demo pruned to the same target by several criteria or rules: means over seeds. A table of the README.
 
     python -m tests.ablations.criteria --out runs/criteria [--seeds 3] [--criteria hvp fisher] [--rules per_cost]
-        [--target latency_ratio=0.65]
+        [--target latency_ratio=0.65] [--keys prune.score.batches=4 ...]
 
 Each seed is one dense model and one latency table by configs/demo.py; every criterion with every rule prunes and
 finetunes it: the same targets, images per pruning and finetuning. Rule `eta` takes the price per millisecond at which
@@ -49,11 +49,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", nargs="*", choices=CRITERIA, default=["hvp", "fisher", "magnitude"])
-    parser.add_argument("--rules", nargs="*", choices=["per_cost", "solve", "eta"], default=["per_cost"])
+    parser.add_argument("--rules", nargs="*", choices=["per_cost", "solve", "eta", "nvit"], default=["per_cost"])
     parser.add_argument("--target", nargs="*", default=["latency_ratio=0.65"])
+    parser.add_argument("--keys", nargs="*", default=[])
     options = parser.parse_args()
     targets = {"macs_ratio": "None", "latency_ratio": "None"} | dict(t.split("=") for t in options.target)
     shared = [f"--config.prune.target.{name}={value}" for name, value in targets.items()]
+    shared += [f"--config.{key}" for key in options.keys]
     rows: dict[str, list[tuple[float, ...]]] = {}
     dense = []
     for seed in range(options.seeds):
