@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -222,6 +222,48 @@ def _info(run: Run, dense: Model, dataset: data.Dataset) -> dict[str, Any]:
     return model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
 
 
+def _collected(plan: prune.Plan, train: distill.TrainState, pruning: int) -> Units:
+    """The mean of what the training steps since the last pruning have scored (prune.score.from_training)."""
+    assert isinstance(train.opt_state, optim.Collected)
+    steps = plan.interval if pruning else plan.warmup
+    return Units(*(np.asarray(s, np.float64) / steps for s in fetch(train.opt_state.scores)))
+
+
+def _scorer(
+    run: Run,
+    split: data.Split,
+    parallel: Parallel,
+    steps: Sequence[Callable[[distill.Inputs, Any], Units]],
+    inputs: Callable[[distill.TrainState], distill.Inputs],
+    stack: contextlib.ExitStack,
+) -> Callable[[distill.TrainState, int], Units]:
+    """(state, pruning) -> scores averaged over batches of their own; `steps` are for the first pruning and the others.
+
+    What is opened is closed by `stack`.
+    """
+    c, stage, size = run.config, run.stage, run.config.prune.score.batch
+    parallel.check_batch(size, "config.prune.score.batch")
+    stream = train_stream(split, size, (c.seed, STAGES.index(stage.name), 1), parallel.local_rows(size))
+    stream.report = stage.warn
+    stack.callback(stream.close)
+    batches = min(c.prune.score.batches, max(1, len(split) // size))
+
+    def score(train: distill.TrainState, pruning: int) -> Units:
+        total: Any = None
+        for i in range(batches):
+            if i % 8 == 0 and stage.stopping:
+                raise distill.Stopped(f"stopped while scoring for pruning {pruning + 1}")
+            number = pruning * batches + i
+            batch = stream(number)
+            batch["index"] = batch["index"] + number * size  # its own probes and drawn labels
+            found = steps[pruning > 0](inputs(train), parallel.shard(batch))
+            part = jax.tree.map(lambda s: np.asarray(s, np.float64), found)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        return jax.tree.map(lambda s: s / batches, total)
+
+    return score
+
+
 def _prune(
     run: Run,
     dense: Model,
@@ -233,8 +275,7 @@ def _prune(
 ) -> prune.PruneState:
     c, p, stage, dims = run.config, run.config.prune, run.stage, dense.dims
     parallel = Parallel.create(c.parallel)
-    for name, size in (("prune.batch / accumulate", p.batch // p.accumulate), ("prune.score.batch", p.score.batch)):
-        parallel.check_batch(size, f"config.{name}")
+    parallel.check_batch(p.batch // p.accumulate, "config.prune.batch / accumulate")
     number = STAGES.index(stage.name)
     augment, train_split = augmentation(run, dataset, parallel), dataset.split("train")
     stack = contextlib.ExitStack()
@@ -244,10 +285,6 @@ def _prune(
         stream = stack.enter_context(
             contextlib.closing(augment.stream(train_split, p.batch, (c.seed, number, 0), stage.warn))
         )
-    score_rows = parallel.local_rows(p.score.batch)
-    score_stream = train_stream(train_split, p.score.batch, (c.seed, number, 1), score_rows)
-    score_stream.report = stage.warn
-    stack.callback(score_stream.close)
     teacher_model = read_teacher(p.teacher, "prune.teacher", dims, dataset.preprocessing) if p.teacher else None
     label_params = None if teacher_model is None else parallel.place(teacher_model.params)
     optimizer = optim.adamw(p.learning_rate, weight_decay=p.weight_decay, clip_norm=p.clip_norm)
@@ -266,31 +303,16 @@ def _prune(
     stage.cut_back("history.jsonl", first, lambda line: line["pruning"] <= prunings)
     teacher = parallel.place(dense.params)
     val = evaluator(dims, dataset, "val", parallel, 4 * p.batch, compute_dtype(c), p.eval_images, report=stage.warn)
-    batches = min(p.score.batches, max(1, len(train_split) // p.score.batch))
 
-    def collected(train: distill.TrainState, pruning: int) -> Units:
-        assert isinstance(train.opt_state, optim.Collected)
-        steps_taken = plan.interval if pruning else plan.warmup
-        return Units(*(np.asarray(s, np.float64) / steps_taken for s in fetch(train.opt_state.scores)))
+    def inputs(state: distill.TrainState) -> distill.Inputs:
+        return distill.Inputs(state, teacher, label_params)
 
-    def score(train: distill.TrainState, pruning: int) -> Any:
-        total: Any = None
-        for i in range(batches):
-            if i % 8 == 0 and stage.stopping:
-                raise distill.Stopped(f"stopped while scoring for pruning {pruning + 1}")
-            number = pruning * batches + i
-            batch = score_stream(number)
-            batch["index"] = batch["index"] + number * p.score.batch  # its own probes and drawn labels
-            batch = parallel.shard(batch)
-            part = jax.tree.map(
-                lambda s: np.asarray(s, np.float64),
-                steps[pruning > 0][1](distill.Inputs(train, teacher, label_params), batch),
-            )
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        return jax.tree.map(lambda s: s / batches, total)
+    find_scores: Callable[[distill.TrainState, int], Units] = functools.partial(_collected, plan)
+    if not p.score.from_training:
+        find_scores = _scorer(run, train_split, parallel, [phase[1] for phase in steps], inputs, stack)
 
-    def kept_score(train: distill.TrainState, pruning: int) -> Any:
-        scores = (collected if p.score.from_training else score)(train, pruning)
+    def score(train: distill.TrainState, pruning: int) -> Units:
+        scores = find_scores(train, pruning)
         if pruning == 0:
             _keep_scores(run, scores, dims, predict)
         return scores
@@ -304,7 +326,7 @@ def _prune(
         step = steps[int(state.prunings) > 0][0]
         return distill.fit(
             parallel.place(state.train),
-            lambda s, batch: step(distill.Inputs(s, teacher, label_params), parallel.shard(batch)),
+            lambda s, batch: step(inputs(s), parallel.shard(batch)),
             stream,
             until,
             stage,
@@ -322,7 +344,7 @@ def _prune(
             plan=plan,
             rank=agreed_rank,
             targets=targets,
-            score=kept_score,
+            score=score,
             train=train,
             monitor=stage,
             evaluate=lambda s: val(parallel.place(s.params), parallel.place(s.masks)),
