@@ -107,16 +107,16 @@ def test_the_same_models_and_logs(workdirs):
 
 def test_scores_from_training_steps(workdirs, tmp_path):
     """NViT's loop from one dense model: the same prunings, the spread state included."""
-    keys = ("criterion=taylor", "score.from_training=True", "plain_first=True", "mode=iterative", "groups_per_step=2")
+    keys = ("criterion=taylor", "score.from_training=True", "plain_first=True", "mode=iterative")
     more = ["--stage=prune", f"--config.model={workdirs[0] / 'pretrain' / 'model'}"]
-    more += [f"--config.prune.{key}" for key in keys]
+    more += [f"--config.prune.{key}" for key in (*keys, "target.macs_ratio=0.5")]
     output = start(tmp_path / "one", 1, *more).communicate(timeout=300)[0]
     assert "[prune] taylor" in output, output
     for code, output in pair(tmp_path / "two", *more, "--config.parallel=fsdp"):
         assert code == 0, output
     lines = [(tmp_path / n / "prune" / "history.jsonl").read_text().splitlines() for n in ("one", "two")]
     removed = [[json.loads(line)["removed"] for line in text] for text in lines]
-    assert len(removed[0]) > 2 and removed[0] == removed[1]
+    assert len(removed[0]) >= 2 and removed[0] == removed[1]
     assert_same_weights(*(nvit_jax.load_model(tmp_path / name / "prune" / "model") for name in ("one", "two")))
 
 
