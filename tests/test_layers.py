@@ -17,7 +17,7 @@ ORDER = [  # lowest first; a module imports only from the lines above its own
     "latency allocation api cli distill reshape",
     "nvit prune convert export",
     "stages.common",
-    "stages.rules",
+    "stages.rules stages.scoring",
     "stages.export stages.measure stages.preview stages.prune stages.train",
     "stages",
 ]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 
 from nvit_jax import data, distill, models, optim, prune, ranking, saliency, timing
 from nvit_jax.api import Model, save_model
-from nvit_jax.checkpoint import read_json, saving
+from nvit_jax.checkpoint import read_json
 from nvit_jax.config import STAGES
 from nvit_jax.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.errors import UserError
 from nvit_jax.losses import Objective
 from nvit_jax.masks import full_masks, to_numpy
-from nvit_jax.parallel import Parallel, check_same, fetch, is_main
-from nvit_jax.pipeline import eval_batches, train_stream
+from nvit_jax.parallel import Parallel, check_same, fetch
+from nvit_jax.pipeline import eval_batches
 from nvit_jax.reshape import reshape
-from nvit_jax.stages import rules
+from nvit_jax.stages import rules, scoring
 from nvit_jax.stages.common import (
     Augmentation,
     Run,
@@ -193,22 +193,6 @@ def _save_snapshots(
     return save
 
 
-def _keep_scores(run: Run, scores: Units, dims: ViTDims, predict: Callable[[ViTDims], float] | None) -> None:
-    """scores.npz, for the report: the scores of the model before pruning, and what a unit of each kind saves."""
-    if not is_main():
-        return
-    unit = "ms" if predict else "million MACs"
-    savings = ranking.unit_savings(dims, predict or (lambda d: count_macs(d) / 1e6))
-    path = run.stage.path / "scores.npz"
-    arrays: dict[str, Any] = {**scores._asdict(), "saving_unit": unit}
-    arrays |= {f"saving_{kind}": value for kind, value in savings.items()}
-    arrays |= {f"mask_{kind}": value for kind, value in full_masks(dims)._asdict().items()}
-    with saving(path):
-        beside = path.with_name(".scores.tmp.npz")
-        np.savez(beside, **arrays)
-        beside.replace(path)
-
-
 def _no_snapshot(state: distill.TrainState, before: ViTDims, after: ViTDims) -> None:
     """Without a latency model there are none."""
 
@@ -220,48 +204,6 @@ def _no_training(step: int) -> Any:
 def _info(run: Run, dense: Model, dataset: data.Dataset) -> dict[str, Any]:
     facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
     return model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
-
-
-def _collected(plan: prune.Plan, train: distill.TrainState, pruning: int) -> Units:
-    """The mean of what the training steps since the last pruning have scored (prune.score.from_training)."""
-    assert isinstance(train.opt_state, optim.Collected)
-    steps = plan.interval if pruning else plan.warmup
-    return Units(*(np.asarray(s, np.float64) / steps for s in fetch(train.opt_state.scores)))
-
-
-def _scorer(
-    run: Run,
-    split: data.Split,
-    parallel: Parallel,
-    steps: Sequence[Callable[[distill.Inputs, Any], Units]],
-    inputs: Callable[[distill.TrainState], distill.Inputs],
-    stack: contextlib.ExitStack,
-) -> Callable[[distill.TrainState, int], Units]:
-    """(state, pruning) -> scores averaged over batches of their own; `steps` are for the first pruning and the others.
-
-    What is opened is closed by `stack`.
-    """
-    c, stage, size = run.config, run.stage, run.config.prune.score.batch
-    parallel.check_batch(size, "config.prune.score.batch")
-    stream = train_stream(split, size, (c.seed, STAGES.index(stage.name), 1), parallel.local_rows(size))
-    stream.report = stage.warn
-    stack.callback(stream.close)
-    batches = min(c.prune.score.batches, max(1, len(split) // size))
-
-    def score(train: distill.TrainState, pruning: int) -> Units:
-        total: Any = None
-        for i in range(batches):
-            if i % 8 == 0 and stage.stopping:
-                raise distill.Stopped(f"stopped while scoring for pruning {pruning + 1}")
-            number = pruning * batches + i
-            batch = stream(number)
-            batch["index"] = batch["index"] + number * size  # its own probes and drawn labels
-            found = steps[pruning > 0](inputs(train), parallel.shard(batch))
-            part = jax.tree.map(lambda s: np.asarray(s, np.float64), found)
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        return jax.tree.map(lambda s: s / batches, total)
-
-    return score
 
 
 def _prune(
@@ -307,14 +249,14 @@ def _prune(
     def inputs(state: distill.TrainState) -> distill.Inputs:
         return distill.Inputs(state, teacher, label_params)
 
-    find_scores: Callable[[distill.TrainState, int], Units] = functools.partial(_collected, plan)
+    find_scores: Callable[[distill.TrainState, int], Units] = functools.partial(scoring.from_training, plan)
     if not p.score.from_training:
-        find_scores = _scorer(run, train_split, parallel, [phase[1] for phase in steps], inputs, stack)
+        find_scores = scoring.from_batches(run, train_split, parallel, [phase[1] for phase in steps], inputs, stack)
 
     def score(train: distill.TrainState, pruning: int) -> Units:
         scores = find_scores(train, pruning)
         if pruning == 0:
-            _keep_scores(run, scores, dims, predict)
+            scoring.keep_scores(run, scores, dims, predict)
         return scores
 
     def agreed_rank(scores: Units, masks: Units, pruning: int) -> ranking.Ranking:
