@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> int:
         if not values[name].value:
             raise UserError(f"--{name} is missing; see --help")
 
-    from nvit_jax.convert import Options, convert_checkpoint
+    from nvit_jax.formats.convert import Options, convert_checkpoint
 
     options = Options(values.variant, values.image, values.heads, values.classes, values.entry)
     convert_checkpoint(values.checkpoint, values.out, options, overwrite=values.overwrite, verify=values.verify)

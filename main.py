@@ -82,17 +82,17 @@ def _failed(message: str, code: int) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from nvit_jax.cli import join, parse
-    from nvit_jax.timing import keep_memory
-    from nvit_jax.workdir import STOP
+    from nvit_jax.latency.timing import keep_memory
+    from nvit_jax.run.cli import join, parse
+    from nvit_jax.run.workdir import STOP
 
     keep_memory()
 
     flags, config, names = parse(argv)
     if flags.distributed:
         join(flags)
-    from nvit_jax.distill import Stopped
-    from nvit_jax.stages import run_stages
+    from nvit_jax.run.stages import run_stages
+    from nvit_jax.training.distill import Stopped
 
     sys.unraisablehook = _quiet
     with STOP.listen():

@@ -11,7 +11,7 @@ Hardware: anything; DeiT-T with 500 images takes about 3 minutes on 2 CPU cores.
 
 from ml_collections import ConfigDict
 
-from nvit_jax.config import default_config
+from nvit_jax.run.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -6,7 +6,7 @@ python main.py --config configs/demo.py:fast --workdir runs/fast    # the same s
 
 from ml_collections import ConfigDict
 
-from nvit_jax.config import default_config
+from nvit_jax.run.config import default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:

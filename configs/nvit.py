@@ -10,7 +10,7 @@ core, 8 GPUs that prune want 36 cores, that finetune to NViT-B 57.
 
 from ml_collections import ConfigDict
 
-from nvit_jax.config import default_config
+from nvit_jax.run.config import default_config
 
 
 def _deit(c: ConfigDict) -> None:

@@ -12,7 +12,7 @@ Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run; rehearsed o
 
 from ml_collections import ConfigDict
 
-from nvit_jax.config import default_config
+from nvit_jax.run.config import default_config
 
 SETS = {"cifar10": "tfds:cifar10", "cifar100": "tfds:cifar100", "inat18": "tfds:i_naturalist2018", "inat19": "folder"}
 

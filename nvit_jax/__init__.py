@@ -5,15 +5,15 @@ from typing import Any
 
 __version__ = "0.6.0"
 _EXPORTS = {
-    "Model": "api",
-    "load_model": "api",
-    "save_model": "api",
-    "load_classifier": "api",
-    "convert_checkpoint": "convert",
-    "Units": "dims",
-    "ViTDims": "dims",
-    "preset": "dims",
-    "reshape": "reshape",
+    "Model": "model.directory",
+    "load_model": "model.directory",
+    "save_model": "model.directory",
+    "load_classifier": "model.directory",
+    "convert_checkpoint": "formats.convert",
+    "Units": "model.dims",
+    "ViTDims": "model.dims",
+    "preset": "model.dims",
+    "reshape": "pruning.reshape",
     "UserError": "errors",
 }
 __all__ = [*_EXPORTS, "__version__"]

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvit_jax.errors import UserError
 
 AXIS = "data"
+BACKENDS = ("jit", "pmap", "fsdp")
 _SMALL = 2**14  # numbers; smaller arrays stay whole on every device
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import main
-from nvit_jax import models
-from nvit_jax.dims import Units, ViTDims
-from nvit_jax.masks import check_masks, full_masks
+from nvit_jax.model import vit
+from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax.model.masks import check_masks, full_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -43,7 +43,7 @@ def small_dims(**changes) -> ViTDims:
 def random_params(dims: ViTDims, seed: int = 0, dtype=np.float64):
     """Normal values everywhere, norms and biases included, so that no term of an equality is trivially 0."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: (0.4 * rng.standard_normal(s.shape) + 0.1).astype(dtype), models.shapes(dims))
+    return jax.tree.map(lambda s: (0.4 * rng.standard_normal(s.shape) + 0.1).astype(dtype), vit.shapes(dims))
 
 
 def random_images(dims: ViTDims, batch: int = 3, seed: int = 0, dtype=np.float64) -> np.ndarray:
@@ -52,8 +52,8 @@ def random_images(dims: ViTDims, batch: int = 3, seed: int = 0, dtype=np.float64
 
 
 def run_forward(dims: ViTDims, params, images, masks=None, **options):
-    """models.forward, compiled."""
-    return np.asarray(jax.jit(lambda p, x, m: models.forward(dims, p, x, m, **options))(params, images, masks))
+    """vit.forward, compiled."""
+    return np.asarray(jax.jit(lambda p, x, m: vit.forward(dims, p, x, m, **options))(params, images, masks))
 
 
 def random_masks(dims: ViTDims, rng: np.random.Generator, kinds=("embed", "head", "qk", "v", "mlp")) -> Units:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nvit_jax import torch_vit
-from nvit_jax.dims import ViTDims
+from nvit_jax.formats import torch_vit
+from nvit_jax.model.dims import ViTDims
 
 SIZES = {"image": 16, "patch": 4, "channels": 3, "classes": 7, "embed": 24, "depth": 3, "heads": 3, "mlp": 40}
 

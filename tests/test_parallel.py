@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_images, random_params, small_dims
 
-from nvit_jax import data, distill, models, optim, prune, saliency
+from nvit_jax.data import datasets
+from nvit_jax.data.pipeline import eval_batches
+from nvit_jax.data.sources import Arrays
 from nvit_jax.errors import UserError
-from nvit_jax.evaluate import evaluate, make_eval_step
-from nvit_jax.losses import Objective, objective_loss
-from nvit_jax.masks import full_masks
+from nvit_jax.model import vit
+from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
-from nvit_jax.pipeline import eval_batches
-from nvit_jax.ranking import Policy, group_sizes, make_targets, rank
-from nvit_jax.sources import Arrays
+from nvit_jax.pruning import loop, saliency
+from nvit_jax.pruning.ranking import Policy, group_sizes, make_targets, rank
+from nvit_jax.training import distill, optim
+from nvit_jax.training.evaluate import evaluate, make_eval_step
+from nvit_jax.training.losses import Objective, objective_loss
 
 DIMS = small_dims(dist_token=True, heads=4, mlp=16)
 SETUPS = {"jit 4": ("jit", 4), "pmap 4": ("pmap", 4), "fsdp 4": ("fsdp", 4)}
@@ -59,7 +62,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def score_step(p: Parallel, name, loss_name, size=8):
-    step = prune.make_score_step(DIMS, name, saliency.criterion(name), loss_name, MIX)
+    step = loop.make_score_step(DIMS, name, saliency.criterion(name), loss_name, MIX)
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     masks = full_masks(DIMS)
@@ -106,7 +109,7 @@ def test_scores_from_training_steps(setup):
     step = p.compile(step, trains=True)
 
     def loss(params):
-        logits = models.forward(DIMS, params, given["image"], masks)
+        logits = vit.forward(DIMS, params, given["image"], masks)
         return objective_loss(Objective(), logits, given)[0].mean()
 
     for _ in range(2):
@@ -178,12 +181,13 @@ def test_bfloat16_gradients_are_summed_in_float32(backend, tmp_path):
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from conftest import random_params, random_images, small_dims
-from nvit_jax import models, parallel
+from nvit_jax import parallel
+from nvit_jax.model import vit
 parallel._SMALL = 1
 dims, p = small_dims(dist_token=True, layer_scale=True, pre_logits=8), parallel.Parallel.create({backend!r})
 
 def step(params, images, mean):
-    loss = lambda params: jnp.square(models.forward(dims, params, images, dtype=jnp.bfloat16)).mean()
+    loss = lambda params: jnp.square(vit.forward(dims, params, images, dtype=jnp.bfloat16)).mean()
     return mean(jax.grad(loss)(params))
 
 params = random_params(dims, 0, np.float32)
@@ -222,11 +226,11 @@ def test_evaluation_counts_every_image_once(setup):
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 17, (27, DIMS.image, DIMS.image, 1)).astype(np.uint8)
     labels = rng.integers(0, DIMS.classes, 27).astype(np.int32)
-    split = data.Split(Arrays(raw, labels))
-    preprocess = data.Preprocessing(8, 16.0, (0.5,), (0.5,))
-    logits = np.asarray(models.forward(DIMS, params, preprocess(raw))).mean(1)
+    split = datasets.Split(Arrays(raw, labels))
+    preprocess = datasets.Preprocessing(8, 16.0, (0.5,), (0.5,))
+    logits = np.asarray(vit.forward(DIMS, params, preprocess(raw))).mean(1)
     order = np.argsort(-logits, axis=1)
-    step = make_eval_step(lambda s, x: models.forward(DIMS, s, preprocess(x)), p)
+    step = make_eval_step(lambda s, x: vit.forward(DIMS, s, preprocess(x)), p)
     for size in (8, 12, 28):
         found = evaluate(step, p.place(params), eval_batches(split, size))
         assert found["images"] == 27

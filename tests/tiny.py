@@ -1,6 +1,6 @@
 """A run of seconds: every stage on the digits with a model of two narrow blocks."""
 
-from nvit_jax.config import default_config
+from nvit_jax.run.config import default_config
 
 
 def get_config():

@@ -15,30 +15,33 @@ import time
 import jax
 import numpy as np
 
-from nvit_jax import data, export, prune, ranking, saliency, timing
-from nvit_jax.api import Model, load_model
-from nvit_jax.checkpoint import write_json
-from nvit_jax.config import CRITERIA
-from nvit_jax.dims import Units, count_macs, count_params
-from nvit_jax.distill import Inputs, TrainState
-from nvit_jax.losses import Objective
-from nvit_jax.masks import full_masks
-from nvit_jax.mixing import prepare
+from nvit_jax.data import datasets
+from nvit_jax.data.mixing import prepare
+from nvit_jax.data.pipeline import train_stream
+from nvit_jax.files import write_json
+from nvit_jax.formats import export
+from nvit_jax.latency import timing
+from nvit_jax.model.dims import Units, count_macs, count_params
+from nvit_jax.model.directory import Model, load_model
+from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel
-from nvit_jax.pipeline import train_stream
-from nvit_jax.reshape import reshape
+from nvit_jax.pruning import loop, ranking, saliency
+from nvit_jax.pruning.reshape import reshape
+from nvit_jax.pruning.saliency import CRITERIA
+from nvit_jax.training.distill import Inputs, TrainState
+from nvit_jax.training.losses import Objective
 
 BATCH = 16
 
 
 def score(
-    model: Model, split: data.Split, pre: data.Preprocessing, name: str, scheme: str, seed: int = 0
+    model: Model, split: datasets.Split, pre: datasets.Preprocessing, name: str, scheme: str, seed: int = 0
 ) -> tuple[Units, float]:
     """Scores averaged over one pass over the split, and the seconds it took without compilation."""
     second_order = name in ("hvp", "obd")
     criterion = saliency.criterion(name, **({"scheme": scheme} if second_order else {}))
     step = Parallel.create("jit", tuple(jax.devices()[:1])).compile(
-        prepare(pre, prune.make_score_step(model.dims, name, criterion, None, Objective()))
+        prepare(pre, loop.make_score_step(model.dims, name, criterion, None, Objective()))
     )
     key = jax.random.key_data(jax.random.key(seed))
     inputs = Inputs(TrainState(np.int32(0), model.params, None, None, full_masks(model.dims), key), model.params)
@@ -54,7 +57,7 @@ def score(
     return Units(*total), seconds
 
 
-def hits(run, split: data.Split, pre: data.Preprocessing) -> np.ndarray:
+def hits(run, split: datasets.Split, pre: datasets.Preprocessing) -> np.ndarray:
     """1 where the largest logit is the label's."""
     found = []
     for i in range(0, len(split), BATCH):
@@ -73,8 +76,8 @@ def main() -> None:
     parser.add_argument("--scheme", default="kind", help="of hvp and obd")
     options = parser.parse_args()
     model = load_model(options.model)
-    pre = data.Preprocessing.from_json(model.info["preprocessing"])
-    dataset = data.load_dataset(
+    pre = datasets.Preprocessing.from_json(model.info["preprocessing"])
+    dataset = datasets.load_dataset(
         "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
     )
     train, val = dataset.split("train"), dataset.split("val")

@@ -15,9 +15,9 @@ import sys
 
 import numpy as np
 
-from nvit_jax.checkpoint import read_json
-from nvit_jax.config import CRITERIA
-from nvit_jax.workdir import read_lines
+from nvit_jax.files import read_json
+from nvit_jax.pruning.saliency import CRITERIA
+from nvit_jax.run.workdir import read_lines
 
 MEASURES = ("pruned", "finetuned", "MACs", "params", "predicted", "measured", "seconds")
 

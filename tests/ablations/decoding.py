@@ -20,11 +20,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from nvit_jax import images
-from nvit_jax.augment import RandAugment, TrainCrop, crop_box
-from nvit_jax.data import Preprocessing
-from nvit_jax.images import CenterCrop
-from nvit_jax.mixing import Mixing
+from nvit_jax.data import images
+from nvit_jax.data.augment import RandAugment, TrainCrop, crop_box
+from nvit_jax.data.datasets import Preprocessing
+from nvit_jax.data.images import CenterCrop
+from nvit_jax.data.mixing import Mixing
 
 SIZE, FILL, SCALE, RATIO = 224, (124, 116, 104), (0.08, 1.0), (3 / 4, 4 / 3)
 Way = Callable[[bytes, np.random.Generator], np.ndarray]

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from nvit_jax import data, latency, models, ranking
-from nvit_jax.api import Model, load_model
-from nvit_jax.checkpoint import read_json, write_json
-from nvit_jax.dims import Units
-from nvit_jax.masks import full_masks
-from nvit_jax.sources import Arrays
+from nvit_jax.data import datasets
+from nvit_jax.data.sources import Arrays
+from nvit_jax.files import read_json, write_json
+from nvit_jax.latency import table as latency
+from nvit_jax.model import vit
+from nvit_jax.model.dims import Units
+from nvit_jax.model.directory import Model, load_model
+from nvit_jax.model.masks import full_masks
+from nvit_jax.pruning import ranking
 from tests.ablations.checkpoint import BATCH, score
 
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
@@ -35,12 +38,12 @@ class Draw:
     """One random half: the images that scores come from, and what is counted on the others."""
 
     seed: int
-    calibration: data.Split
-    held: data.Split
+    calibration: datasets.Split
+    held: datasets.Split
     dense: np.ndarray  # log-probabilities of the dense model on the held images
-    answers: Callable[[Units, data.Split], np.ndarray]
+    answers: Callable[[Units, datasets.Split], np.ndarray]
     model: Model
-    pre: data.Preprocessing
+    pre: datasets.Preprocessing
     out: pathlib.Path
 
     def scores(self, criterion: str) -> Units:
@@ -72,12 +75,12 @@ def draws(options: argparse.Namespace) -> Iterator[tuple[Draw, latency.LatencyTa
     model = load_model(options.model)
     dims = model.dims
     table = latency.LatencyTable(read_json(options.table), str(options.table))
-    pre = data.Preprocessing.from_json(model.info["preprocessing"])
+    pre = datasets.Preprocessing.from_json(model.info["preprocessing"])
     paths = {"train": str(options.images), "val": str(options.images), "classes": str(options.classes)}
-    images, labels = data.load_dataset("folder", **paths, preprocessing=pre).split("train").read()
-    forward = jax.jit(lambda p, m, x: jax.nn.log_softmax(models.forward(dims, p, x, m).mean(1)))
+    images, labels = datasets.load_dataset("folder", **paths, preprocessing=pre).split("train").read()
+    forward = jax.jit(lambda p, m, x: jax.nn.log_softmax(vit.forward(dims, p, x, m).mean(1)))
 
-    def answers(masks: Units, held: data.Split) -> np.ndarray:
+    def answers(masks: Units, held: datasets.Split) -> np.ndarray:
         whole = held.source.images
         whole = np.concatenate([whole, whole[: -len(held) % BATCH]])
         parts = [forward(model.params, masks, pre(whole[i : i + BATCH])) for i in range(0, len(whole), BATCH)]
@@ -85,7 +88,7 @@ def draws(options: argparse.Namespace) -> Iterator[tuple[Draw, latency.LatencyTa
 
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(labels))
-        calibration, held = (data.Split(Arrays(images[i], labels[i])) for i in (order[:SCORED], order[SCORED:]))
+        calibration, held = (datasets.Split(Arrays(images[i], labels[i])) for i in (order[:SCORED], order[SCORED:]))
         dense = answers(full_masks(dims), held)
         yield Draw(seed, calibration, held, dense, answers, model, pre, options.out), table
 

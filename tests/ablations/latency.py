@@ -5,7 +5,7 @@
 
 Models of random widths that are neither in the grid nor among those that the table was corrected by are timed in turns
 with the dense model, which is timed twice in every round: its two medians tell how far two timings of the same thing
-are apart here (A/A). Writes latency.json and latency.png under --out.
+are apart here (A/A). Writes table.json and latency.png under --out.
 """
 
 import argparse
@@ -14,8 +14,10 @@ import pathlib
 import matplotlib
 import numpy as np
 
-from nvit_jax import latency, ranking, timing
-from nvit_jax.checkpoint import read_json, write_json
+from nvit_jax.files import read_json, write_json
+from nvit_jax.latency import table as latency
+from nvit_jax.latency import timing
+from nvit_jax.pruning import ranking
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,7 +70,7 @@ def main() -> None:
         "dims": [{axis: getattr(d, axis) for axis in latency.AXES} for d in all_dims],
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "latency.json", found)
+    write_json(options.out / "table.json", found)
     print(
         f"{len(errors)} models on {found['device']}: median error {found['median_error']:.1%}, worst "
         f"{found['worst_error']:.1%}, median signed {found['bias']:+.1%}; the dense model against itself: median "

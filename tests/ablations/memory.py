@@ -13,10 +13,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nvit_jax import distill, models, optim
-from nvit_jax.dims import preset
-from nvit_jax.losses import Objective
-from nvit_jax.teachers import RegNet, RegNetDims, regnet_shapes
+from nvit_jax.model import vit
+from nvit_jax.model.dims import preset
+from nvit_jax.model.regnet import RegNet, RegNetDims, regnet_shapes
+from nvit_jax.training import distill, optim
+from nvit_jax.training.losses import Objective
 
 GIB = 2**30
 
@@ -31,7 +32,7 @@ def main() -> None:
     dims, dtype = preset(options.preset, dist_token=True), jnp.dtype(options.dtype)
     cnn = RegNet(RegNetDims(), regnet_shapes(RegNetDims()))
     optimizer = optim.adamw(1e-4, weight_decay=0.05)
-    state = jax.eval_shape(lambda p: distill.new_state(p, optimizer, 0, ema=True), models.shapes(dims))
+    state = jax.eval_shape(lambda p: distill.new_state(p, optimizer, 0, ema=True), vit.shapes(dims))
     shape = (options.batch, dims.image, dims.image, dims.channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -53,7 +54,7 @@ def main() -> None:
             ema_decay=0.99996,
             remat=options.remat,
         )
-        inputs = distill.Inputs(state, models.shapes(dims) if kl else None, cnn.params if alpha else None)
+        inputs = distill.Inputs(state, vit.shapes(dims) if kl else None, cnn.params if alpha else None)
         compiled = jax.jit(functools.partial(step, mean=lambda tree: tree)).lower(inputs, batch).compile()
         memory = compiled.memory_analysis()
         print(

@@ -17,11 +17,13 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import nvit_jax
-from nvit_jax import data, models, saliency
-from nvit_jax.losses import Objective, cross_entropy, draw_labels, objective_loss
-from nvit_jax.masks import full_masks
-from nvit_jax.pipeline import train_stream
-from nvit_jax.ranking import Policy, group_sizes, make_targets, rank
+from nvit_jax.data import datasets
+from nvit_jax.data.pipeline import train_stream
+from nvit_jax.model import vit
+from nvit_jax.model.masks import full_masks
+from nvit_jax.pruning import saliency
+from nvit_jax.pruning.ranking import Policy, group_sizes, make_targets, rank
+from nvit_jax.training.losses import Objective, cross_entropy, draw_labels, objective_loss
 
 SCHEMES = [  # scheme, units of a chunk, probes
     ("all", 0, 1),
@@ -48,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     model = nvit_jax.load_model(f"{options.workdir}/pretrain/model")
     dims, params = model.dims, model.params
-    dataset = data.load_dataset("digits")
+    dataset = datasets.load_dataset("digits")
     train, val = dataset.splits["train"], dataset.splits["val"]
     batch = train_stream(train, options.images, (0,))(0)
     batch["image"] = dataset.preprocessing(batch["image"])
@@ -58,7 +60,7 @@ def main() -> None:
 
     def loss(params, masks, batch, objective=None):
         objective = objective or (kl if options.loss == "kl" else Objective())
-        return objective_loss(objective, models.forward(dims, params, batch["image"], masks), batch)[0]
+        return objective_loss(objective, vit.forward(dims, params, batch["image"], masks), batch)[0]
 
     policy = Policy(sizes=group_sizes("cpu"), floors={"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
     targets = make_targets({"macs_ratio": 0.5}, dims, None)
@@ -67,7 +69,7 @@ def main() -> None:
 
     @jax.jit
     def val_loss(masks):
-        return cross_entropy(models.forward(dims, params, images, masks).mean(1), labels).mean()
+        return cross_entropy(vit.forward(dims, params, images, masks).mean(1), labels).mean()
 
     def flat(units) -> np.ndarray:
         return np.concatenate([np.ravel(u) for u in units])

@@ -9,8 +9,8 @@ tenth, one and ten times what `per_cost` pays per millisecond, since nobody know
 value dims alone are removed, down to 3/4 and 1/2 of them, with one index for all heads (shared) or each head its own.
 """
 
-from nvit_jax import allocation, ranking
-from nvit_jax.masks import full_masks
+from nvit_jax.model.masks import full_masks
+from nvit_jax.pruning import allocation, ranking
 from tests.ablations.draws import FLOORS, draws, parser, print_rows
 
 

@@ -8,9 +8,9 @@ the mean KL divergence of the pruned model's answers from the dense one's. `hvp`
 (scheme="kind"), the only one that does not take hours at this size. Scores are kept under --out and read again.
 """
 
-from nvit_jax import allocation, ranking
-from nvit_jax.config import CRITERIA
-from nvit_jax.masks import full_masks
+from nvit_jax.model.masks import full_masks
+from nvit_jax.pruning import allocation, ranking
+from nvit_jax.pruning.saliency import CRITERIA
 from tests.ablations.draws import FLOORS, draws, parser, print_rows
 
 

@@ -1,0 +1,1 @@
+"""Images and labels: sources, decoding, augmentation, batches by step."""

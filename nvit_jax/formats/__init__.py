@@ -1,0 +1,1 @@
+"""Checkpoints of other places in, the small model out."""

@@ -1,0 +1,125 @@
+"""How long things take on this device: pieces of a model compiled as they are deployed, timed in turns."""
+
+import ctypes
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvit_jax.data.datasets import cores
+from nvit_jax.errors import UserError
+from nvit_jax.model import vit
+from nvit_jax.model.dims import ViTDims
+
+Call = Callable[[], Any]
+
+
+class DoesNotFit(Exception):
+    """The device has too little memory for a program."""
+
+
+def device_name() -> str:
+    """The device and how much of it: "cpu x1 (2 cores)" or "NVIDIA H200 x8"."""
+    device = jax.devices()[0]
+    detail = f" ({cores()} cores)" if device.platform == "cpu" else ""
+    return f"{device.device_kind} x{jax.device_count()}{detail}"
+
+
+def keep_memory() -> None:
+    """Let a CPU process keep the memory that it has freed; call it before JAX starts. Nothing on other systems.
+
+    By default glibc hands large buffers back to the kernel, which clears new pages for every call of a program: on 2
+    cores a quarter of DeiT-T's time, and far from smooth in the widths. Servers do the same by another allocator, or by
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
+    """
+    devices = pathlib.Path("/dev")
+    accelerator = any(devices.glob("nvidia[0-9]*")) or any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
+    if sys.platform != "linux" or accelerator:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
+            libc.mallopt(option, value)
+
+
+def free_bytes() -> int:
+    """Memory that a program may still take on the first device of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # what is free is not to be had as easily
+    with open("/proc/meminfo", encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return 1024 * int(facts["MemAvailable"].split()[0])
+
+
+def compile_piece(dims: ViTDims, name: str, batch: int, dtype: str) -> Call:
+    """`vit.piece` on one device, as a call that waits for its result. DoesNotFit before memory is exhausted."""
+    fn, shapes, example = vit.piece(dims, name, jnp.dtype(dtype))
+    example = jax.ShapeDtypeStruct((batch, *example.shape[1:]), example.dtype)
+    rng = np.random.default_rng(0)  # random: on a GPU constant inputs draw less power and run faster
+
+    def draw(shape: Any) -> jax.Array:
+        return jnp.asarray(0.02 * rng.standard_normal(shape.shape, np.float32), shape.dtype)
+
+    try:
+        compiled = jax.jit(fn).lower(shapes, example).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        if needed > (free := free_bytes()):
+            raise DoesNotFit(f"needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+        params, inputs = jax.tree.map(draw, shapes), draw(example)
+        jax.block_until_ready(compiled(params, inputs))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            raise DoesNotFit(str(error).splitlines()[0][:120]) from error
+        raise
+    return lambda: jax.block_until_ready(compiled(params, inputs))
+
+
+def compile_pieces(pieces: Sequence[tuple[ViTDims, str]], batch: int, dtype: str) -> list[Call | DoesNotFit]:
+    """`compile_piece` of each, side by side on the host's cores; one by one where several processes must keep step."""
+
+    def attempt(piece: tuple[ViTDims, str]) -> Call | DoesNotFit:
+        try:
+            return compile_piece(*piece, batch, dtype)
+        except DoesNotFit as error:
+            return error
+
+    if jax.process_count() > 1:
+        return [attempt(piece) for piece in pieces]
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        return list(pool.map(attempt, pieces))
+
+
+def time_in_turns(calls: Sequence[Call], repeats: int) -> np.ndarray:
+    """[repeats, calls] milliseconds. Each round times every call once, so that drift hits all; one round warms up."""
+    times = np.zeros((repeats + 1, len(calls)))
+    for row in times:
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            row[i] = time.perf_counter() - start
+    return times[1:] * 1e3
+
+
+def measure(all_dims: Sequence[ViTDims], *, batch: int, dtype: str, repeats: int) -> list[float]:
+    """Median milliseconds of each whole model, timed in turns. Equal dims are measured once.
+
+    Raises UserError for a batch that does not fit in memory.
+    """
+    unique = list(dict.fromkeys(all_dims))
+    calls = compile_pieces([(d, "model") for d in unique], batch, dtype)
+    if failed := [c for c in calls if isinstance(c, DoesNotFit)]:
+        raise UserError(f"config.latency.batch={batch} does not fit on this device ({failed[0]}); lower it")
+    times = np.median(time_in_turns([c for c in calls if not isinstance(c, DoesNotFit)], repeats), axis=0)
+    return [float(times[unique.index(d)]) for d in all_dims]

@@ -1,0 +1,274 @@
+"""The Vision Transformer, original and pruned, masked and compact: one Linen module and one pure function.
+
+Only this, layers and teachers import flax.linen. Everybody else calls `forward` and `init`.
+
+Masks are an argument. A gate is differentiable at exactly one place, where it scales weights linearly: embed =
+everything that writes the residual stream, head and v = rows of the output projection, qk = query weight and
+bias, mlp = rows of fc2. In LayerNorm it is a constant: statistics run over the kept channels only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvit_jax.model import groups
+from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax.model.groups import Params
+from nvit_jax.model.layers import (
+    STD,
+    Dense,
+    Dtype,
+    LayerNorm,
+    drop_path,
+    dropout,
+    gate,
+    kernel_init,
+    layer_keys,
+    multiply,
+    wide,
+)
+
+PARTS = ("attention", "mlp")  # of a block
+
+
+class Block(nn.Module):
+    """Attention and mlp, pre-norm. Kernels: q, k [D, H, Q], v [D, H, V], proj [H, V, D], fc1 [D, M], fc2 [M, D]."""
+
+    dims: ViTDims
+    index: int  # whose widths to use; all blocks are alike under a scan
+    dtype: Dtype = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = PARTS
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer: jax.Array | int, gates: Units | None, embed: jax.Array | None, keys: Any
+    ) -> tuple[jax.Array, None]:
+        d, i = self.dims, self.index
+        gates = gates if gates is not None else Units(None, None, None, None, None)
+        dense = functools.partial(Dense, dtype=self.dtype)
+        norm = functools.partial(LayerNorm, eps=d.norm_eps, dtype=self.dtype)
+        branch_keys = [None] * 4 if keys is None else [layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
+        rate = self.drop_path * layer / max(d.depth - 1, 1)
+
+        def write(branch: jax.Array, name: str, path_keys: Any) -> jax.Array:
+            if d.layer_scale:
+                scale = self.param(name, nn.initializers.constant(1e-4), (d.embed,))
+                branch = (branch.astype(wide(branch.dtype)) * scale).astype(branch.dtype)
+            return gate(drop_path(branch, path_keys if self.drop_path else None, rate), embed)
+
+        if "attention" in self.parts:
+            y = norm(name="norm1")(x, embed)
+            q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
+            k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
+            v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
+            logits = jnp.einsum("bqhd,bkhd->bhqk", gate(q, gates.qk) * d.qk_scale, k)
+            weights = jax.nn.softmax(logits.astype(wide(logits.dtype))).astype(v.dtype)
+            z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
+            z = gate(z, gates.v)
+            z = z if gates.head is None else gate(z, gates.head[..., None])
+            y = dense((d.embed,), axes=2, name="proj")(z)
+            x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
+
+        if "mlp" in self.parts:
+            y = norm(name="norm2")(x, embed)
+            y = dense((d.mlp[i],), name="fc1")(y)
+            y = gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+            y = dense((d.embed,), name="fc2")(y)
+            x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
+        return x, None
+
+
+class ViT(nn.Module):
+    """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token).
+
+    Without classes the pooled features [B, T, D] come out.
+    """
+
+    dims: ViTDims
+    scan: bool
+    remat: bool = False
+    dtype: Dtype = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = PARTS
+
+    def _stream(self, images: jax.Array) -> jax.Array:
+        """Patch embedding, tokens and positions: [B, N, D]."""
+        d = self.dims
+        shape = (d.patch, d.patch, d.channels, d.embed)
+        kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape))
+        patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=d.patch, q=d.patch)
+        # The stream begins in float32, so that the gradients of tokens and positions are summed in it.
+        x = multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel["bias"]
+        tokens = []
+        if d.cls_token:
+            tokens.append(self.param("cls_token", kernel_init, (d.embed,))[None])
+        if d.dist_token:
+            tokens.append(self.param("dist_token", kernel_init, (d.embed,))[None])
+        if d.registers:
+            tokens.append(self.param("registers", kernel_init, (d.registers, d.embed)))
+        if d.positions != "none":
+            count = d.tokens if d.positions == "all" else d.patches
+            positions = self.param("positions", kernel_init, (count, d.embed))
+            x = x + positions[count - d.patches :]
+            if d.positions == "all" and tokens:
+                tokens = [jnp.concatenate(tokens) + positions[: d.prefix]]
+        if tokens:
+            prefix = jnp.concatenate(tokens)
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape)), x], axis=1)
+        return x.astype(self.dtype or x.dtype)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
+        d = self.dims
+        embed = None if masks is None else masks.embed
+        x = gate(self._stream(images), embed)
+        x = dropout(x, None if keys is None else layer_keys(keys, 0), self.dropout)
+
+        block = functools.partial(Block, d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
+        gates = None if masks is None else masks._replace(embed=None)
+        if self.scan:
+            inner = nn.remat(Block, prevent_cse=False) if self.remat else Block
+            blocks = nn.scan(
+                inner,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                length=d.depth,
+            )(d, 0, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout, name="blocks")
+            x, _ = blocks(x, jnp.arange(d.depth), gates, embed, keys)
+        else:
+            for i in range(d.depth):
+                x, _ = block(i, parts=self.parts, name=f"block_{i}")(
+                    x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys
+                )
+
+        norm = LayerNorm(eps=d.norm_eps, dtype=self.dtype, name="norm")
+        if not d.norm_after_pool:
+            x = norm(x, embed)
+        if d.pool == "mean":
+            x = x[:, d.prefix if d.mean_over == "patches" else 0 :].mean(1, keepdims=True)
+        else:
+            x = x[:, : d.classifiers]
+        if d.norm_after_pool:
+            x = norm(x, embed)
+        if not d.classes:
+            return x
+        x = x.astype(wide(x.dtype))  # the classifiers are small, and their logits decide
+        if d.pre_logits:
+            x = jnp.tanh(Dense((d.pre_logits,), name="pre_logits")(x))
+        names = ("head", "head_dist")[: d.classifiers]
+        return jnp.stack([Dense((d.classes,), name=n)(x[:, i]) for i, n in enumerate(names)], axis=1)
+
+
+def _patch_embed(key: jax.Array, shape: tuple[int, ...]) -> Params:
+    fan_in = shape[0] * shape[1] * shape[2]
+    kernel = nn.initializers.lecun_normal()(key, (fan_in, shape[3])).reshape(shape)
+    return {"kernel": kernel, "bias": jnp.zeros(shape[3:])}
+
+
+def stack_blocks(params: Params) -> Params:
+    """{"block_0": ..., "block_1": ...} -> {"blocks": leaves with a leading axis [L]}, narrow blocks padded with 0."""
+    blocks = [params[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in params))]
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        shape = [max(sizes) for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)]
+        padded = [jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in leaves]
+        return jnp.stack(padded)
+
+    rest = {name: value for name, value in params.items() if not name.startswith("block_")}
+    return rest | {"blocks": jax.tree.map(stack, *blocks)}
+
+
+def forward(
+    dims: ViTDims,
+    params: Params,
+    images: Any,
+    masks: Units | None = None,
+    *,
+    keys: jax.Array | None = None,
+    dtype: Dtype = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    remat: bool = False,
+    unroll: bool = False,
+) -> jax.Array:
+    """Logits [B, T, C] of images [B, image, image, channels]; T classifiers, to be averaged at evaluation.
+
+    Args:
+      params: the per-block layout of `init`; compact (possibly ragged) widths as in `dims`.
+      masks: gates over the padded widths, or None. With a leading batch axis ([B, D], [L, B, H], ...) they are
+        per sample. A masked model, and a uniform one, runs its blocks under one scan; a ragged compact one does not.
+      keys: one random key per example [B] for dropout and stochastic depth; None means evaluation.
+      dtype: compute type (parameters keep theirs); None computes in the parameters' type.
+      drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
+      remat: recompute the blocks in the backward pass.
+      unroll: never scan.
+    """
+    scan = not unroll and (masks is not None or dims.is_uniform)
+    module = ViT(
+        dims.padded() if scan else dims, scan=scan, remat=remat, dtype=dtype, drop_path=drop_path, dropout=dropout
+    )
+    return module.apply({"params": stack_blocks(params) if scan else params}, images, masks, keys)  # type: ignore[return-value]
+
+
+def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: float = 0.02) -> Params:
+    """Random float32 parameters in the per-block layout.
+
+    Kernels and tokens are truncated normal with `std` (DeiT: 0.02, right for wide models; a narrow one learns
+    faster with more), positions with `position_std`; patches come out of their embedding with the images' own scale.
+    """
+    images = jnp.zeros((1, dims.image, dims.image, dims.channels))
+    module = ViT(dims, scan=dims.is_uniform)
+    params = jax.jit(lambda key: module.init(key, images)["params"])(key)
+    if dims.is_uniform:
+        stacked = params.pop("blocks")
+        params |= {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(dims.depth)}
+    leaves = dict(groups.flatten(params))
+    for path in leaves:
+        if path == "positions":
+            leaves[path] *= position_std / STD
+        elif path.endswith("kernel") and path != "patch_embed/kernel":
+            leaves[path] *= std / STD
+    return groups.unflatten(leaves)
+
+
+def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax.Array], jax.Array], Params, Any]:
+    """What can be timed of a deployed model: a function of params and input, their shapes (the input's for batch 1).
+
+    "attention" and "mlp" are those parts of the blocks, one after the other, norm and residual included, on the stream
+    [B, N, D]; "rest" is the model without its blocks and "model" all of it, unrolled, from images to the mean of the
+    classifiers.
+    """
+    if name in PARTS:
+        blocks = [Block(dims, i, dtype=dtype, parts=(name,)) for i in range(dims.depth)]
+        stream = jax.ShapeDtypeStruct((1, dims.tokens, dims.embed), dtype)
+        rest = (0, None, None, None)
+        names = [f"block_{i}" for i in range(dims.depth)]
+        params = {
+            n: jax.eval_shape(lambda x, b=b: b.init(jax.random.key(0), x, *rest)["params"], stream)
+            for n, b in zip(names, blocks, strict=True)
+        }
+
+        def run(params: Params, x: jax.Array) -> jax.Array:
+            for n, b in zip(names, blocks, strict=True):
+                x, _ = b.apply({"params": params[n]}, x, *rest)
+            return x
+
+        return run, params, stream
+    module = ViT(dims, scan=False, dtype=dtype, parts=() if name == "rest" else PARTS)
+    images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
+    params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
+    return lambda p, x: module.apply({"params": p}, x).mean(1), params, images  # type: ignore[union-attr]
+
+
+def shapes(dims: ViTDims) -> Params:
+    """Shapes and types of the parameters (jax.ShapeDtypeStruct), in the per-block layout."""
+    return piece(dims, "model", None)[1]

@@ -1,0 +1,311 @@
+"""Which units go: hardware-friendly groups, compared over the whole model, until the targets hold. NumPy only.
+
+Each kind of each block (and embed, tied over the model) offers its weakest group; the best offer by the rule is
+removed, the offers that this changes are made anew, and so on. Savings are therefore those of the model as it is
+when the group goes, not of the model at the start of the step.
+
+Groups. Units are sorted by score, ascending and stable (equal scores: the lower index goes first). A group is the
+`size` weakest; where the live count is no multiple of the size, the remainder goes first, so that what is kept is
+a multiple. Query/key and value dims go in rows, so that all heads of a block keep the same number: under
+align="per_head" row j holds the j-th weakest live dim of every live head, under "shared" the same index of all.
+
+Rules. "per_cost": score / saving, the saving as a fraction of the dense cost, summed over the targets not met yet;
+groups with score <= 0 go first, the largest saving first, since a division would reverse them; groups that save
+nothing go last. "eta" (NViT
+equation 7): score - eta * milliseconds saved. Equal offers: the order of KINDS, then the lower block.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nvit_jax.errors import UserError
+from nvit_jax.model.dims import KINDS, Units, ViTDims, count_macs, count_params
+from nvit_jax.model.masks import check_masks, kept_dims, normalize
+
+Cost = Callable[[ViTDims], float]
+_FIELD = {"embed": "embed", "head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
+PROFILES = {  # sizes of the groups: embed, head, qk, v, mlp
+    "nvit": (16, 2, 8, 8, 16),
+    "cpu": (8, 1, 8, 8, 16),
+    "gpu": (16, 1, 8, 8, 32),
+    "tpu": (128, 1, 8, 8, 128),
+}
+ALIGNMENTS = ("per_head", "shared")
+RULES = ("per_cost", "solve", "eta", "nvit")
+_FEW_HEADS = 6  # below this the head group is 1
+
+
+def group_sizes(profile: str) -> dict[str, int]:
+    """{"embed": 16, ...} of a profile."""
+    if profile not in PROFILES:
+        raise UserError(f"config.prune.profile={profile!r} is not one of {', '.join(PROFILES)}")
+    return dict(zip(KINDS, PROFILES[profile], strict=True))
+
+
+class Target(NamedTuple):
+    """A hard constraint: cost(dims) <= limit. `dense` is the cost before pruning."""
+
+    name: str
+    cost: Cost
+    limit: float
+    dense: float
+
+    def holds(self, dims: ViTDims) -> bool:
+        return self.cost(dims) <= self.limit * (1 + 1e-9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How units are grouped and compared. Sizes and floors are in units, per block (embed: of the model)."""
+
+    sizes: Mapping[str, int]
+    floors: Mapping[str, int]
+    kinds: Sequence[str] = KINDS  # what may be removed
+    protected: Sequence[int] = ()  # blocks whose own units stay
+    align: str = "per_head"
+    rule: str = "per_cost"
+    eta: float = 0.0
+    latency: Cost | None = None  # milliseconds, for rule "eta"
+
+    def __post_init__(self) -> None:
+        if self.align not in ("per_head", "shared"):
+            raise UserError(f'prune.align={self.align!r} is not "per_head" or "shared"')
+        if self.rule not in ("per_cost", "eta"):
+            raise UserError(f'prune.rule={self.rule!r} is not "per_cost" or "eta"')
+        if self.rule == "eta" and (self.latency is None or self.eta < 0):
+            raise UserError('prune.rule="eta" needs a latency model and prune.eta >= 0')
+        if unknown := sorted(set(self.kinds) - set(KINDS)):
+            raise UserError(f"prune.kinds: unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+        for name, values in (("group", self.sizes), ("floor", self.floors)):
+            for kind in KINDS:
+                if values[kind] < 1:
+                    raise UserError(f"prune: the {name} of {kind} is {values[kind]}; it must be at least 1")
+
+    def may_go(self, kind: str, block: int) -> bool:
+        """Whether groups of this kind may go from this block."""
+        return kind in self.kinds and (kind == "embed" or block not in self.protected)
+
+    def size(self, kind: str, dims: ViTDims, block: int) -> int:
+        if kind == "head" and dims.heads[block] < _FEW_HEADS:
+            return 1
+        return self.sizes[kind]
+
+
+class Removal(NamedTuple):
+    """One group that went."""
+
+    kind: str
+    block: int  # 0 for embed
+    units: int  # how many widths: a row of query/key dims counts once
+    score: float
+    key: float  # what the rule compared
+
+
+class Ranking(NamedTuple):
+    """Result of one pruning step."""
+
+    masks: Units
+    dims: ViTDims
+    removed: list[Removal]
+    met: bool  # every target holds
+    nonpositive: int  # groups that went with score <= 0
+    exhausted: bool = False  # no further group may go
+
+    @property
+    def threshold(self) -> float | None:
+        """The largest key among the groups that went."""
+        return max((r.key for r in self.removed), default=None)
+
+
+class Pick(NamedTuple):
+    """The weakest group of one kind in one block."""
+
+    score: float
+    units: int
+    entries: tuple[np.ndarray | int, ...]  # of the mask
+
+
+Slot = tuple[str, int]  # a kind, and the block (0 for embed)
+
+
+def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Cost | None) -> list[Target]:
+    """Targets from {"macs_ratio": 0.5, "latency_ms": None, ...}; a ratio is relative to `dims`.
+
+    Raises UserError for an unknown name, a ratio outside (0, 1], a size <= 0, latency without a model, or no target.
+    """
+    costs: dict[str, Cost | None] = {"latency": latency_ms, "macs": count_macs, "params": count_params}
+    absolute = {"latency_ms": "latency", "macs": "macs", "params": "params"}
+    targets = []
+    for name, value in spec.items():
+        if name not in absolute and name.removesuffix("_ratio") not in costs:
+            raise UserError(f"prune.target: unknown target {name!r}")
+        if value is None:
+            continue
+        if not value > 0 or (name.endswith("_ratio") and value > 1):
+            raise UserError(f"prune.target.{name}={value}: it must be {'in (0, 1]' if 'ratio' in name else '> 0'}")
+        metric = absolute.get(name, name.removesuffix("_ratio"))
+        cost = costs[metric]
+        if cost is None:
+            raise UserError(f"prune.target.{name} needs a latency model; run the latency stage first")
+        dense = float(cost(dims))
+        targets.append(Target(name, cost, float(value * dense if name.endswith("_ratio") else value), dense))
+    if not targets:
+        raise UserError("prune.target: set at least one of " + ", ".join(spec))
+    return targets
+
+
+def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
+    """The dims that are left when every group that may go has gone."""
+
+    if bad := [b for b in policy.protected if not 0 <= b < dims.depth]:
+        raise UserError(f"prune.protected: there is no block {bad[0]}; the model has {dims.depth}")
+
+    def shrink(kind: str, width: int, block: int) -> int:
+        if not policy.may_go(kind, block):
+            return width
+        size, floor = policy.size(kind, dims, block), policy.floors[kind]
+        while (rest := width - (width % size or size)) >= max(floor, 1):
+            width = rest
+        return width
+
+    per_block: dict[str, Any] = {
+        _FIELD[k]: tuple(shrink(k, w, i) for i, w in enumerate(getattr(dims, _FIELD[k]))) for k in KINDS[1:]
+    }
+    return dataclasses.replace(dims, embed=shrink("embed", dims.embed, 0), **per_block)
+
+
+def check_reachable(dims: ViTDims, policy: Policy, targets: Sequence[Target]) -> None:
+    """UserError that names the smallest reachable value when a target lies below the floors."""
+    smallest = smallest_dims(dims, policy)
+    for target in targets:
+        if not target.holds(smallest):
+            least, limit = target.cost(smallest), target.limit
+            if target.name in ("macs", "params"):
+                asked, shown = f"{limit:.0f}", f"{least:.0f}"
+            else:
+                scale = target.dense if target.name.endswith("_ratio") else 1.0
+                asked, shown = f"{limit / scale:.6g}", f"{math.ceil(least / scale * 1e4) / 1e4:.10g}"
+            raise UserError(
+                f"prune.target.{target.name}={asked} cannot be met: with these floors, groups and protected "
+                f"blocks the smallest reachable is {shown}"
+            )
+
+
+def rank(
+    scores: Units,
+    masks: Units,
+    dims: ViTDims,
+    policy: Policy,
+    targets: Sequence[Target],
+    max_groups: int | None = None,
+) -> Ranking:
+    """Remove groups until all targets hold, or `max_groups` have gone, or none is left to remove.
+
+    The result is at most each target, and no further below the last one met than one group explains.
+    """
+    masks = check_masks(masks, dims)
+    scores = Units(*(np.asarray(s, np.float64) for s in scores))
+    now = kept_dims(masks, dims)
+    slots = [("embed", 0)] + [(kind, i) for kind in KINDS[1:] for i in range(dims.depth)]
+    slots = [slot for slot in slots if policy.may_go(*slot)]
+    picks = {slot: weakest(slot, scores, masks, dims, policy) for slot in slots}
+    removed: list[Removal] = []
+    nonpositive = 0
+    exhausted = False
+    while not all(t.holds(now) for t in targets) and (max_groups is None or len(removed) < max_groups):
+        unmet = [t for t in targets if not t.holds(now)]
+        best = None
+        for slot in slots:
+            pick = picks[slot]
+            if pick is None:
+                continue
+            key = _key(pick.score, now, _without(now, slot, pick.units), policy, unmet)
+            if best is None or key < best[0]:
+                best = (key, slot, pick)
+        if best is None:
+            exhausted = True
+            break
+        key, (kind, block), pick = best
+        masks = remove(masks, kind, pick)
+        now = _without(now, (kind, block), pick.units)
+        nonpositive += pick.score <= 0
+        removed.append(Removal(kind, block, pick.units, pick.score, key[1]))
+        changed = ("head", "qk", "v") if kind == "head" else (kind,)  # rows of qk and v run over the live heads
+        for other in changed:
+            if (other, block) in picks:
+                picks[other, block] = weakest((other, block), scores, masks, dims, policy)
+    return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
+
+
+def unit_savings(dims: ViTDims, cost: Cost) -> dict[str, np.ndarray]:
+    """What one width less of each kind costs less: {"embed": [], "head": [L], ...}; 0 for a width of 1."""
+    whole = cost(dims)
+
+    def saved(kind: str, block: int) -> float:
+        width = dims.embed if kind == "embed" else getattr(dims, _FIELD[kind])[block]
+        return whole - cost(_without(dims, (kind, block), 1)) if width > 1 else 0.0
+
+    blocks = {kind: np.array([saved(kind, i) for i in range(dims.depth)]) for kind in KINDS[1:]}
+    return {"embed": np.array(saved("embed", 0)), **blocks}
+
+
+def remove(masks: Units, kind: str, pick: Pick) -> Units:
+    """The masks without one group; a removed head takes its query/key and value dims along."""
+    changed = getattr(masks, kind).copy()
+    changed[pick.entries] = 0
+    masks = masks._replace(**{kind: changed})
+    return normalize(masks) if kind == "head" else masks
+
+
+def weakest(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> Pick | None:
+    """The group of this kind and block that goes first, None when none may go."""
+    kind, block = slot
+    mask, score = getattr(masks, kind), getattr(scores, kind)
+    at: tuple[int, ...] = () if kind == "embed" else (block,)
+    mask, score = mask[at], score[at]
+    if kind in ("qk", "v"):
+        heads = np.flatnonzero(masks.head[block])
+        live = mask[heads] > 0
+        count = int(live[0].sum())
+        values = np.where(live, score[heads], np.inf)  # removed dims sort behind the live ones
+        if policy.align == "shared":
+            if (live != live[0]).any():
+                raise UserError(f'align="shared": the heads of block {block} keep different {kind} dims')
+            values = np.broadcast_to(values.sum(0), values.shape)
+        order = np.argsort(values, axis=1, kind="stable")
+    else:
+        count = int(mask.sum())
+        order = np.argsort(np.where(mask > 0, score, np.inf), kind="stable")
+    size = policy.size(kind, dims, block)
+    units = count % size or size
+    if count - units < max(policy.floors[kind], 1):
+        return None
+    if kind in ("qk", "v"):
+        weakest = order[:, :units]
+        return Pick(float(score[heads[:, None], weakest].sum()), units, (block, heads[:, None], weakest))
+    return Pick(float(score[order[:units]].sum()), units, (*at, order[:units]))
+
+
+def _without(dims: ViTDims, slot: Slot, units: int) -> ViTDims:
+    kind, block = slot
+    if kind == "embed":
+        return dataclasses.replace(dims, embed=dims.embed - units)
+    widths = list(getattr(dims, _FIELD[kind]))
+    widths[block] -= units
+    changed: dict[str, Any] = {_FIELD[kind]: tuple(widths)}
+    return dataclasses.replace(dims, **changed)
+
+
+def _key(score: float, now: ViTDims, then: ViTDims, policy: Policy, unmet: Sequence[Target]) -> tuple[int, float]:
+    """What offers are compared by, smaller first."""
+    if policy.rule == "eta":
+        assert policy.latency is not None
+        return 1, score - policy.eta * (policy.latency(now) - policy.latency(then))
+    saving = sum((t.cost(now) - t.cost(then)) / t.dense for t in unmet)
+    if score <= 0:
+        return 0, -saving
+    return (1, score / saving) if saving > 0 else (2, score)  # what saves nothing goes last, the least score first

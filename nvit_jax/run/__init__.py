@@ -1,0 +1,1 @@
+"""The command line: configs in, calls of the library, files out."""

@@ -1,0 +1,308 @@
+"""Converted weights compute what PyTorch computes, for every layout: logits, every block, and the way back."""
+
+import pathlib
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sources
+import torch
+import transformers
+from conftest import ROOT, random_params
+from safetensors.numpy import save_file
+from sources import SIZES, nchw, numpy_state, randomise, run_torch, small_vit
+
+from nvit_jax.formats import export, interchange
+from nvit_jax.formats.convert import Options, convert
+from nvit_jax.model import vit
+from nvit_jax.model.dims import ViTDims, preset
+from nvit_jax.model.directory import Model
+from nvit_jax.model.groups import flatten
+
+IMAGES = np.random.default_rng(5).standard_normal((3, 16, 16, 3))
+HEADS = Options(heads=SIZES["heads"])
+SHARED = ROOT.parent / "shared"
+
+
+def block_outputs(model, images) -> list[np.ndarray]:
+    """The residual stream behind every block, from the unrolled model."""
+    module = vit.ViT(model.dims, scan=False)
+    _, kept = module.apply(
+        {"params": model.params},
+        images,
+        capture_intermediates=lambda m, name: isinstance(m, vit.Block) and name == "__call__",
+        mutable=["intermediates"],
+    )
+    return [np.asarray(kept["intermediates"][f"block_{i}"]["__call__"][0][0]) for i in range(model.dims.depth)]
+
+
+def check(path, run, options=HEADS) -> Model:
+    """`run(dtype)` -> (logits, streams) of the other framework on IMAGES. Returns the float32 model."""
+    with jax.enable_x64(True):
+        exact = convert(path, options, dtype=np.float64).model
+        logits, streams = run(torch.float64)
+        # The mapping is exact; what is left is the order of float64 additions.
+        assert np.abs(np.asarray(exact.logits(exact.params, IMAGES)) - logits).max() <= 1e-9
+        for ours, theirs in zip(block_outputs(exact, IMAGES), streams, strict=True):
+            assert np.abs(ours - theirs).max() <= 1e-9 * max(1, np.abs(theirs).max())
+    model = convert(path, options).model
+    logits, streams = run(torch.float32)
+    with jax.default_matmul_precision("float32"):
+        images = IMAGES.astype(np.float32)
+        assert np.abs(np.asarray(model.logits(model.params, images)) - logits).max() <= 1e-4
+        for ours, theirs in zip(block_outputs(model, images), streams, strict=True):
+            assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    return model
+
+
+def check_round_trip(model: Model, tmp_path):
+    """Out and in again, by names alone and through an exported file: every bit the same."""
+    state = interchange.to_torch(model.dims, model.params)
+    shapes = {name: value.shape for name, value in state.items()}
+    again = interchange.from_torch(model.dims, shapes, state.__getitem__, "here", np.float32)
+    written = export.write_safetensors(model, tmp_path)
+    file = convert(written.path).model
+    assert file.dims == model.dims
+    for (path, a), (_, b), (_, c) in zip(
+        *(sorted(flatten(p)) for p in (model.params, again, file.params)), strict=True
+    ):
+        assert np.array_equal(a, b) and np.array_equal(a, c), path
+
+
+def save(path, state, **wrapper):
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(wrapper | {"model": {k: torch.from_numpy(v) for k, v in state.items()}}, path)
+    return path
+
+
+def rename_deit3(state):
+    return {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in state.items()}
+
+
+def as_dinov2(state):
+    """The official names: positions for the class token too, registers without, and a mask token."""
+    out = {k.replace("reg_token", "register_tokens"): v for k, v in state.items()}
+    cut = 0.25 * out["cls_token"]
+    out["cls_token"] = out["cls_token"] - cut
+    out["pos_embed"] = np.concatenate([cut, out["pos_embed"]], axis=1)
+    return out | {"mask_token": np.ones((1, 24), np.float32)}
+
+
+TIMM_VARIANTS = {
+    "deit": ({}, dict),
+    "distilled": ({"dist_token": True}, dict),
+    "deit3": ({"layer_scale": True, "positions": "patches"}, rename_deit3),
+    "augreg_in21k": ({"pre_logits": 10}, dict),
+    "mean_pool": ({"pool": "mean", "norm_after_pool": True}, dict),
+    "mean_pool_without_class_token": ({"pool": "mean", "cls_token": False}, dict),
+    "no_qkv_bias": ({"qkv_bias": False}, dict),
+    "dinov2": ({"layer_scale": True}, lambda s: s | {"mask_token": np.ones((1, 24), np.float32)}),
+    "dinov2_registers": ({"layer_scale": True, "registers": 4, "positions": "patches"}, as_dinov2),
+    "dino_without_head": ({"classes": 0}, lambda s: s | {"head.mlp.0.weight": np.ones((3, 24), np.float32)}),
+}
+
+
+@pytest.mark.parametrize("variant", TIMM_VARIANTS)
+def test_timm_names(variant, tmp_path):
+    changes, rename = TIMM_VARIANTS[variant]
+    module = small_vit(**changes)
+    # Registers' folded sum is rounded: exact weights are those of the sum that the converter makes.
+    path = save(tmp_path / "w.pth", rename(numpy_state(module.state_dict())))
+    if variant == "dinov2_registers":
+        state = torch.load(path)["model"]
+        module.cls_token.data = state["cls_token"] + state["pos_embed"][:, :1]
+    model = check(path, lambda dtype: run_torch(module, lambda m: m.blocks, IMAGES, dtype))
+    assert model.dims == ViTDims.uniform(**(SIZES | changes))
+    check_round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "deit_with_teacher", "new_names", "gelu_new"])
+def test_hugging_face(kind, tmp_path):
+    values = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "image_size": 16,
+        "patch_size": 4,
+        "num_labels": 7,
+        "hidden_act": "gelu_new" if kind == "gelu_new" else "gelu",
+    }
+    if kind in ("deit", "deit_with_teacher"):
+        config = transformers.DeiTConfig(**values)
+        names = {"deit": "DeiTForImageClassification", "deit_with_teacher": "DeiTForImageClassificationWithTeacher"}
+        module = getattr(transformers, names[kind])(config)
+    else:
+        module = transformers.ViTForImageClassification(transformers.ViTConfig(**values))
+    randomise(module)
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if kind == "new_names":
+        path = save(tmp_path / "w.pth", numpy_state(module.state_dict()))
+    body = module.vit if hasattr(module, "vit") else module.deit
+
+    def run(dtype):
+        return run_torch(module, lambda m: body.layers, IMAGES, dtype, lambda out: out.logits)
+
+    model = check(path, run, Options())  # config.json beside tells the heads, the activation and eps
+    assert model.info["classes"] == [f"LABEL_{i}" for i in range(7)] and model.dims.norm_eps == 1e-12
+    assert model.dims.registers == (kind == "deit") and model.dims.dist_token == (kind == "deit_with_teacher")
+    check_round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_torchvision(old_names, tmp_path):
+    module = randomise(sources.TorchvisionViT())
+    state = numpy_state(module.state_dict())
+    if old_names:
+        state = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in state.items()}
+    path = save(tmp_path / "w.safetensors", state)
+    model = check(path, lambda dtype: run_torch(module, lambda m: m.encoder.layers, IMAGES, dtype))
+    assert model.info["preprocessing"]["interpolation"] == "bilinear"
+    check_round_trip(model, tmp_path)
+
+
+class FlaxBlock(linen.Module):
+    """A block on Flax's own attention module, with the names of vision_transformer or big_vision."""
+
+    names: tuple[str, str, str, str]
+
+    @linen.compact
+    def __call__(self, x):
+        norm1, attention, norm2, mlp = self.names
+        y = linen.LayerNorm(name=norm1)(x)
+        x = x + linen.MultiHeadDotProductAttention(num_heads=3, name=attention)(y, y)
+        y = linen.LayerNorm(name=norm2)(x)
+
+        class Mlp(linen.Module):
+            @linen.compact
+            def __call__(self, z):
+                return linen.Dense(24, name="Dense_1")(linen.gelu(linen.Dense(40, name="Dense_0")(z)))
+
+        return x + Mlp(name=mlp)(y)
+
+
+NPZ_NAMES = {
+    "vision_transformer": ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
+    "big_vision": ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["vision_transformer", "big_vision", "big_vision_scan", "big_vision_gap_sincos"])
+def test_npz(kind, tmp_path, x64):
+    gap, image = kind.endswith("sincos"), 224 if kind.endswith("sincos") else 16
+    patch = image // 4
+    names = NPZ_NAMES["vision_transformer" if kind == "vision_transformer" else "big_vision"]
+    images = np.random.default_rng(5).standard_normal((2, image, image, 3))
+
+    class Encoder(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            if kind == "vision_transformer":
+                x = x + self.param("posembed_input/pos_embedding", linen.initializers.normal(0.3), (1, 17, 24))
+            for i in range(3):
+                x = FlaxBlock(names, name=f"encoderblock_{i}")(x)
+            return linen.LayerNorm(name="encoder_norm")(x)
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Conv(24, (patch, patch), strides=patch, padding="VALID", name="embedding")(x)
+            x = x.reshape(len(x), -1, 24)
+            if gap:  # fixed sines and cosines, written out: columns sin x, cos x, sin y, cos y
+                table = np.zeros((16, 24))
+                for row in range(4):
+                    for column in range(4):
+                        for j in range(6):
+                            w = 10_000 ** (-j / 5)
+                            waves = [np.sin(column * w), np.cos(column * w), np.sin(row * w), np.cos(row * w)]
+                            table[row * 4 + column, j::6] = waves
+                x = x + table.astype(np.float32)
+            elif kind != "vision_transformer":
+                x = x + self.param("pos_embedding", linen.initializers.normal(0.3), (1, 17, 24))[:, 1:]
+            if not gap:
+                token = self.param("cls", linen.initializers.normal(0.3), (1, 1, 24))
+                if kind != "vision_transformer":
+                    token = token + self.variables["params"]["pos_embedding"][:, :1]
+                x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 24)), x], 1)
+            x = Encoder(name="Transformer")(x)
+            x = x.mean(1) if gap else x[:, 0]
+            if kind == "vision_transformer":
+                x = jnp.tanh(linen.Dense(10, name="pre_logits")(x))
+            return linen.Dense(7, name="head")(x)
+
+    net = Net()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape) + 0.1).astype(np.float32),
+        net.init(jax.random.key(0), images)["params"],
+    )
+    expected = np.asarray(net.apply({"params": jax.tree.map(lambda p: p.astype(np.float64), params)}, images))
+    state = dict(flatten(params))
+    if kind == "big_vision_scan":
+        stacked = {n.split("encoderblock_0/")[1] for n in state if "encoderblock_0/" in n}
+        rest = {n: v for n, v in state.items() if "encoderblock_" not in n}
+        state = rest | {
+            f"Transformer/encoderblock/{n}": np.stack([state[f"Transformer/encoderblock_{i}/{n}"] for i in range(3)])
+            for n in stacked
+        }
+    prefix = "" if kind == "vision_transformer" else "params/"
+    np.savez(tmp_path / "w.npz", **{prefix + n: v for n, v in state.items()})
+    found = convert(tmp_path / "w.npz", dtype=np.float64)
+    assert found.model.dims.activation == "gelu_tanh" and found.model.dims.heads == (3, 3, 3)
+    assert np.abs(np.asarray(found.model.logits(found.model.params, images)) - expected).max() <= 1e-9
+    if gap:
+        assert any("sines" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rename"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, dict),
+        ("deit3_small_patch16_224", {"embed_dim": 384}, dict),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "num_classes": 5}, dict),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, dict),
+    ],
+)
+def test_timm_itself(name, options, rename, tmp_path):
+    timm = sources.import_timm()
+    if timm is None:
+        pytest.skip("timm is not installed: pip install --no-deps timm (without torchvision)")
+    options = {k: v for k, v in options.items() if k != "embed_dim"}
+    module = randomise(timm.create_model(name, depth=2, **options))
+    path = save(tmp_path / "w.safetensors", rename(numpy_state(module.state_dict())))
+    size = module.patch_embed.img_size[0]
+    images = np.random.default_rng(1).standard_normal((2, size, size, 3))
+    heads = module.blocks[0].attn.num_heads
+    with jax.enable_x64(True):
+        model = convert(path, Options(heads=heads), dtype=np.float64).model
+        with torch.inference_mode():
+            expected = module.double()(nchw(images)).numpy()
+        assert np.abs(np.asarray(model.logits(model.params, images)) - expected).max() <= 1e-9
+
+
+def test_compact_models_come_back(tmp_path):
+    """A ragged compact model, distilled, with LayerScale and registers: out, into PyTorch, and in again."""
+    dims = ViTDims(
+        image=16, patch=4, classes=7, embed=18, heads=(2, 1), qk=(5, 3), v=(4, 6), mlp=(9, 20), qk_scale=0.3,
+        dist_token=True, registers=2, layer_scale=True, activation="gelu_tanh", norm_eps=1e-5,
+    )  # fmt: skip
+    pre = {"size": 16, "scale": 255.0, "mean": [0.5] * 3, "std": [0.5] * 3, "resize": 18, "interpolation": "bicubic"}
+    model = Model(dims, random_params(dims, dtype=np.float32), info={"preprocessing": pre, "classes": list("abcdefg")})
+    check_round_trip(model, tmp_path)
+    found = export.write_safetensors(model, tmp_path).run(IMAGES.astype(np.float32))
+    expected = np.asarray(model.apply(model.params, IMAGES.astype(np.float32)))
+    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_published_parameter_counts():
+    from nvit_jax.model.dims import count_params
+
+    published = {"deit_tiny": 5_717_416, "deit_small": 22_050_664, "deit_base": 86_567_656, "vit_large": 304_326_632}
+    published |= {"deit_base_distilled": 87_338_192, "vit_huge": 632_045_800, "deit3_small": 22_059_496}
+    for name, count in published.items():
+        assert count_params(preset(name)) == count, name

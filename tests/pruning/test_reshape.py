@@ -1,0 +1,151 @@
+"""masked forward == reshaped forward, for every kind of unit, every variant, ragged blocks, and again."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_images, random_masks, random_params, run_forward, small_dims
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_dims import VARIANTS
+
+from nvit_jax.errors import UserError
+from nvit_jax.model import vit
+from nvit_jax.model.dims import KINDS, ViTDims, count_params
+from nvit_jax.model.groups import AXES, axes_of, expand, flatten
+from nvit_jax.model.masks import full_masks
+from nvit_jax.pruning.reshape import reshape
+
+# 1e-10 in float64 proves the equality; in float32 the sums run in another order, 1e-5 of the largest logit is
+# about 100 units in the last place.
+TOLERANCE = {np.float64: 1e-10, np.float32: 1e-5}
+
+
+def assert_equal_models(dims, masks, seed=0):
+    """The contract, in both types; returns what reshape made in float64."""
+    result = None
+    for dtype, tolerance in TOLERANCE.items():
+        with jax.enable_x64(dtype is np.float64), jax.default_matmul_precision("float32"):
+            params, images = random_params(dims, seed, dtype), random_images(dims, seed=seed, dtype=dtype)
+            masked = run_forward(dims, params, images, masks)
+            compact_dims, compact = reshape(params, masks, dims)
+            out = run_forward(compact_dims, compact, images)
+            assert out.dtype == dtype
+            assert np.abs(out - masked).max() <= tolerance * max(1.0, np.abs(masked).max())
+            assert sum(x.size for x in jax.tree.leaves(compact)) == count_params(compact_dims)
+            result = result or (compact_dims, compact)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_alone(kind):
+    dims = small_dims(dist_token=True, layer_scale=True, heads=4, qk=5, v=6)
+    for seed in range(2):
+        masks = random_masks(dims, np.random.default_rng(seed), (kind,))
+        assert_equal_models(dims, masks, seed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant(variant):
+    dims = small_dims(**VARIANTS[variant])
+    assert_equal_models(dims, random_masks(dims, np.random.default_rng(3)), 3)
+
+
+@st.composite
+def any_dims(draw) -> ViTDims:
+    """Ragged or uniform dims of any variant."""
+    depth = draw(st.integers(1, 3))
+    widths = st.lists(st.integers(1, 4), min_size=depth, max_size=depth).map(tuple)
+    base = small_dims(**VARIANTS[draw(st.sampled_from(sorted(VARIANTS)))])
+    values = base.to_json() | {"embed": draw(st.integers(2, 9)), "qk_scale": draw(st.floats(0.1, 1.0))}
+    return ViTDims.from_json(values | {k: draw(widths) for k in ("heads", "qk", "v", "mlp")})
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(dims=any_dims(), seed=st.integers(0, 2**20), kinds=st.sets(st.sampled_from(KINDS), min_size=1))
+def test_random_dims_masks_and_a_second_pruning(dims, seed, kinds):
+    rng = np.random.default_rng(seed)
+    once_dims, once = assert_equal_models(dims, random_masks(dims, rng, kinds), seed)
+    # A pruned model is pruned again: its blocks are ragged, the masked forward pads them.
+    masks = random_masks(once_dims, rng)
+    with jax.enable_x64(True):
+        images = random_images(dims, seed=seed)
+        masked = run_forward(once_dims, once, images, masks)
+        twice_dims, twice = reshape(once, masks, once_dims)
+        out = run_forward(twice_dims, twice, images)
+    assert np.abs(out - masked).max() <= 1e-10 * max(1.0, np.abs(masked).max())
+
+
+def test_scan_padding_and_unrolled_are_one_model(x64):
+    uniform = small_dims(dist_token=True)
+    ragged = ViTDims.from_json(uniform.to_json() | {"heads": [2, 1], "qk": [3, 4], "v": [2, 5], "mlp": [12, 7]})
+    for dims in (uniform, ragged):
+        params, images = random_params(dims), random_images(dims)
+        outs = [
+            run_forward(dims, params, images, unroll=True),
+            run_forward(dims, params, images),
+            run_forward(dims, params, images, full_masks(dims)),
+            run_forward(dims, params, images, full_masks(dims), remat=True),
+        ]
+        for out in outs[1:]:
+            np.testing.assert_allclose(out, outs[0], rtol=0, atol=1e-12)
+
+
+def test_mask_values_do_not_recompile():
+    dims = small_dims()
+    params, images = random_params(dims, dtype=np.float32), random_images(dims, dtype=np.float32)
+    traces = []
+
+    @jax.jit
+    def forward(params, images, masks):
+        traces.append(1)
+        return vit.forward(dims, params, images, masks)
+
+    for seed in range(3):
+        forward(params, images, random_masks(dims, np.random.default_rng(seed)))
+    assert len(traces) == 1
+
+
+def test_the_table_knows_every_parameter_and_nothing_else():
+    seen = set()
+    for changes in VARIANTS.values():
+        for path, leaf in flatten(vit.shapes(small_dims(**changes))):
+            axes = axes_of(path, pre_logits="pre_logits" in changes)
+            assert len(axes) == len(leaf.shape), path
+            first, _, rest = path.partition("/")
+            seen.add(f"block/{rest}" if first.startswith("block_") else path)
+    assert seen == set(AXES)
+
+
+def test_expand_marks_exactly_what_reshape_keeps():
+    for changes in ({}, {"pre_logits": 4, "registers": 2, "dist_token": True}):
+        dims = small_dims(**changes)
+        params = random_params(dims)
+        masks = random_masks(dims, np.random.default_rng(1))
+        kept = expand(masks, params)
+        _, compact = reshape(params, masks, dims)
+        for (path, keep), (_, value), (_, small) in zip(flatten(kept), flatten(params), flatten(compact), strict=True):
+            np.testing.assert_array_equal(value[keep > 0], small.ravel(), err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda m: m._replace(mlp=m.mlp[:, :-1]), r"mlp has shape \(2, 11\), the model \(2, 12\)"),
+        (lambda m: m._replace(embed=m.embed * 0.5), "other than 0 and 1"),
+        (lambda m: m._replace(embed=m.embed * 0), "embed keeps no channel"),
+        (lambda m: m._replace(head=m.head * np.array([[1], [0]])), "block 1 keeps no head"),
+        (lambda m: m._replace(qk=m.qk * np.array([[1, 1, 1, 1], [1, 1, 1, 0]])), r"\[4, 3\] qk dims"),
+    ],
+)
+def test_masks_that_leave_no_dense_model_are_refused(damage, words):
+    dims = small_dims()
+    with pytest.raises(UserError, match=words):
+        reshape(random_params(dims), damage(full_masks(dims)), dims)
+
+
+def test_padding_cannot_be_kept():
+    dims = ViTDims.from_json(small_dims().to_json() | {"mlp": [12, 7]})
+    masks = full_masks(dims)
+    masks.mlp[1, 9] = 1
+    with pytest.raises(UserError, match="padding"):
+        reshape(random_params(dims), masks, dims)
