@@ -11,6 +11,7 @@ export of this project. Layout and sizes are found out and printed. What cannot 
   --heads N        heads of a block, for unpublished sizes
   --entry NAME     the part of a .pth file, such as model or model_ema (the default where it exists)
 --verify runs PyTorch and Flax on the same images and prints the largest difference.
+Installed, the same is `nvit-jax convert FILE MODEL_DIR`.
 """
 
 import sys

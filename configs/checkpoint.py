@@ -1,11 +1,12 @@
 """A checkpoint of your own and your own image folders: evaluate it, prune it once, evaluate the result.
 
-python convert_deit_weights.py --checkpoint deit_tiny_patch16_224.pth --out MODEL_DIR
-python main.py --config configs/checkpoint.py --workdir W --config.model=MODEL_DIR --config.data.train=DIR \
+nvit-jax convert deit_tiny_patch16_224.pth MODEL_DIR
+nvit-jax run --config checkpoint --workdir W --config.model=MODEL_DIR --config.data.train=DIR \
     --config.data.val=DIR --config.data.classes=FILE.tsv --config.prune.target.macs_ratio=0.8
 
 DIR/class/image.JPEG; FILE.tsv names one class folder a line, in the order of the model's labels. One folder for
 both: --config.data.holdout=0.5 instead of data.val. Finetuning: --stage finetune, then --stage eval.
+The short way to the same: nvit-jax prune deit_tiny_patch16_224.pth --data DIR --val DIR --macs 0.8 --out W.
 Hardware: anything; DeiT-T with 500 images takes about 3 minutes on 2 CPU cores.
 """
 

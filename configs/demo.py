@@ -1,15 +1,17 @@
 """The demo: 1,797 real 8x8 scans of digits, a 0.3 M ViT pruned to half of its MACs and 0.65 of its latency.
 
-python main.py --config configs/demo.py --workdir runs/demo         # about 3 minutes on 2 CPU cores
-python main.py --config configs/demo.py:fast --workdir runs/fast    # the same stages, short: to see them run
+nvit-jax run --config demo --workdir runs/demo         # about 3 minutes on 2 CPU cores
+nvit-jax run --config demo:fast --workdir runs/fast    # the same stages, short: to see them run
 """
 
 from ml_collections import ConfigDict
 
 from nvit_jax.run.config import default_config
+from nvit_jax.run.recipes import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    check_variant(variant, ("", "fast"))
     c = default_config()
     c.vit.update(image=8, patch=2, channels=1, classes=10, embed=64, depth=6, heads=4, mlp=256)
     c.vit.init_std = 0.08

@@ -1,18 +1,20 @@
 """ReViT-S: NViT's redistributed widths at embed 384, trained from random weights (CVPR 2023, table 7).
 
-python main.py --config configs/revit_s.py --workdir runs/revit_s --config.data.path=imagenet \
+nvit-jax run --config revit_s --workdir runs/revit_s --config.data.path=imagenet \
     --config.data.classes=imagenet.tsv
 
-Hardware: 8 GPUs or more (global batch 1,024). Expected time, computed in configs/nvit.py: 8 h on one H100 if its host
-reads that fast (16 cores: 13 h).
+Hardware: 8 GPUs or more (global batch 1,024). Expected time, computed (nvit_jax/run/recipes.py says how): 8 h on one
+H100 if its host reads that fast (16 cores: 13 h).
 Published: 23 M parameters, 4.7 GFLOPs, top-1 81.22 % (DeiT-S 81.01 %).
 Ours: not run. With a CNN teacher: --config.pretrain.teacher=regnety_160 --config.pretrain.teacher_alpha=0.5.
 
 :tiny is a twin of seconds on the digits, for the tests.
 """
 
-from configs.nvit import revit
+from ml_collections import ConfigDict
+
+from nvit_jax.run.recipes import revit
 
 
-def get_config(variant: str = ""):
+def get_config(variant: str = "") -> ConfigDict:
     return revit("revit_s", variant)

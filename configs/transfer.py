@@ -1,9 +1,9 @@
 """A pretrained ViT on another data set: fine-tuned to it, pruned to half of its latency, distilled, evaluated.
 
-python convert_deit_weights.py --checkpoint deit_tiny_patch16_224.pth --classes 10 --out deit_tiny_10
-python main.py --config configs/transfer.py:cifar10 --workdir runs/cifar10 --config.pretrain.start=deit_tiny_10
+nvit-jax convert deit_tiny_patch16_224.pth deit_tiny_10 --classes 10
+nvit-jax run --config transfer:cifar10 --workdir runs/cifar10 --config.pretrain.start=deit_tiny_10
 
-:cifar10, :cifar100, :inat18 are read from tensorflow-datasets (prepared once; main.py says how), :inat19 from folders
+:cifar10, :cifar100, :inat18 are read from tensorflow-datasets (prepared once; the run says how), :inat19 from folders
 (--config.data.path=ROOT with train/ and val/). CIFAR-10 as folders: --config.data.name=folder
 --config.data.train=ROOT/train --config.data.val=ROOT/test. By another criterion: --config.prune.criterion=magnitude and
 another workdir, into which pretrain/ and latency/ are copied.
@@ -13,11 +13,13 @@ Hardware: one GPU for CIFAR, several for iNaturalist. Ours: not run; rehearsed o
 from ml_collections import ConfigDict
 
 from nvit_jax.run.config import default_config
+from nvit_jax.run.recipes import check_variant
 
 SETS = {"cifar10": "tfds:cifar10", "cifar100": "tfds:cifar100", "inat18": "tfds:i_naturalist2018", "inat19": "folder"}
 
 
 def get_config(variant: str = "cifar10") -> ConfigDict:
+    check_variant(variant, tuple(SETS))
     c = default_config()
     c.data.name = SETS[variant]
     c.eval.split = "val"

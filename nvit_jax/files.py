@@ -1,17 +1,18 @@
-"""Files that are never half-written: model directories, and the train states of a run.
+"""Files that are never half-written: JSON, directories, arrays.
 
 Everything is written beside its place and renamed. Arrays are stored with Orbax and restored as NumPy, so that a
 checkpoint opens on any number and kind of devices.
 """
 
 import contextlib
+import fnmatch
 import json
 import logging
 import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nvit_jax.errors import UserError
-from nvit_jax.parallel import any_process, fetch, is_main, wait_for_all
+from nvit_jax.parallel import fetch, is_main, wait_for_all
 
 Path = pathlib.Path
 # Orbax logs every save, and tracebacks of what is raised here, too; a run has its own lines.
@@ -76,16 +77,27 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, own: Sequence[str]) -> Iterator[Path]:
     """A directory to fill; it takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    With several processes all of them enter: arrays are saved by all through Orbax, other files by the main one.
+    `own` are names, or patterns of names, that the writer gives to what it puts there. What else lies in `path` is not
+    its own and stays: it is moved into the new directory at the end. With several processes all of them enter: arrays
+    are saved by all through Orbax, other files by the main one.
     """
+    path = _real(path)
+
+    def is_own(file: str) -> bool:
+        return any(fnmatch.fnmatch(file.split("/")[0], name) for name in own)
+
     with saving(path):
-        beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+        beside, old = _beside(path, "tmp"), _beside(path, "old")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; a directory is to be written there")
         recover(path)
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if old.is_dir():  # killed while it was cleared away
+                hand_over(old, path, is_own)
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
         wait_for_all(f"fill {path}")
@@ -93,11 +105,11 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield beside
             wait_for_all(f"filled {path}")
             if is_main():
-                shutil.rmtree(old, ignore_errors=True)
                 if path.exists():
                     os.replace(path, old)
                 os.replace(beside, path)
-                shutil.rmtree(old, ignore_errors=True)
+                if old.is_dir():
+                    hand_over(old, path, is_own)
             wait_for_all(f"renamed {path}")
         finally:
             if is_main():
@@ -106,9 +118,68 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def recover(path: Path) -> None:
     """Put back what `new_directory` had moved aside when it was killed between its two renames."""
-    old = path.with_name(f".{path.name}.old")
+    path = _real(path)
+    old = _beside(path, "old")
     if not path.exists() and old.is_dir() and is_main():
         os.replace(old, path)
+
+
+def _real(path: Path) -> Path:
+    """What may be renamed: where a link leads to, and a name for "." and ".."."""
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def list_files(root: Path) -> list[str]:
+    """Paths below `root`, relative to it, of all files and links, sorted. Links are not followed."""
+    found: list[Path] = []
+    if root.is_dir() and not root.is_symlink():
+        for folder, directories, names in os.walk(root):
+            links = [name for name in directories if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
+            found += [Path(folder, name) for name in (*names, *links)]
+    return sorted(file.relative_to(root).as_posix() for file in found)
+
+
+def remove_empty(root: Path) -> None:
+    """Remove the directories below `root` that hold no file, and itself if it is one."""
+    for folder, _, _ in os.walk(root, topdown=False):
+        with contextlib.suppress(OSError):  # it holds something
+            Path(folder).rmdir()
+
+
+def hand_over(old: Path, new: Path, own: Callable[[str], bool], last: str = "") -> list[Path]:
+    """Remove the files of `old` that are `own`, move all others to their places in `new`, and remove `old`.
+
+    `own` is asked for paths relative to `old`. `last` goes last: until then, a call that was killed can be made again.
+    Where a place is taken, the file goes beside it under another name; those are returned.
+    """
+    renamed = []
+    for file in sorted(list_files(old), key=lambda file: (file == last, file)):
+        if own(file):
+            (old / file).unlink()
+            continue
+        place = free_place(new, file)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(old / file, place)
+        if place != new / file:
+            renamed.append(place)
+    remove_empty(old)
+    return renamed
+
+
+def free_place(root: Path, file: str) -> Path:
+    """root/file, or a name like it where that is taken: NAME.kept, NAME.kept2, ..."""
+    place, number = root / file, 1
+    while any(parent.is_file() or parent.is_symlink() for parent in place.parents if parent.is_relative_to(root)):
+        place = place.parent.with_name(f"{place.parent.name}-{place.name}")
+    taken = place
+    while os.path.lexists(place):
+        place = taken.with_name(f"{taken.name}.kept{number if number > 1 else ''}")
+        number += 1
+    return place
 
 
 def save_arrays(path: Path, tree: Any) -> None:
@@ -128,118 +199,20 @@ def load_arrays(path: Path) -> Any:
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             return loader.restore(path.absolute(), restore_args=args)
     except Exception as error:  # Orbax and tensorstore raise many types for one damaged file
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def fingerprint(path: Path) -> str:
-    """Of the content of a file, or of all files below a directory."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+def fingerprint(*paths: Path) -> str:
+    """Of the content of files, and of all files below directories."""
     value = 0
-    for file in files:
-        value = zlib.crc32(file.read_bytes(), value)
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            with open(file, "rb") as content:
+                while part := content.read(2**24):
+                    value = zlib.crc32(part, value)
     return f"{value:08x}"
-
-
-def _checksum(tree: Any) -> int:
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return value
-
-
-class StateSaver:
-    """Train states of one stage under `directory`, the newest two kept, each with a checksum.
-
-    A single process writes beside the training; several write together before they go on, since Orbax's barriers would
-    mix with the training's.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with saving(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=jax.process_count() == 1, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "meta"))
-        self._pending: Path | None = None
-
-    def save(self, step: int, state: Any) -> None:
-        """Begin to save. UserError when this state or the one before could not be written; older states stay."""
-        self.wait()
-        host = fetch(state)
-        self._pending = self.directory / str(step)
-        with saving(self._pending):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(host), meta=ocp.args.JsonSave({"checksum": _checksum(host)})
-                ),
-            )
-
-    def wait(self) -> None:
-        """Until what was last saved is there. UserError when it could not be written."""
-        if self._pending is not None:
-            place, self._pending = self._pending, None
-            with saving(place):
-                self._manager.wait_until_finished()
-
-    def restore(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
-        """(step, state) of the newest undamaged state with the structure of `like`, None when there is none.
-
-        A damaged one is named through `say` and put aside, so that its step can be saved again. UserError when all
-        are damaged, or one may not be read.
-        """
-        self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        aside = self.directory.with_name(f"{self.directory.name}.damaged")
-        for step in steps:
-            place = self.directory / str(step)
-            state, failure = None, None
-            try:
-                state = self._restore_one(step, like)
-            except Exception as error:  # see load_arrays
-                failure = error
-            if not any_process(failure is not None):  # all processes go on with the same state
-                return step, state
-            reason = "on another process" if failure is None else _first_line(failure)
-            if isinstance(failure, OSError | MemoryError) and not isinstance(failure, FileNotFoundError):
-                raise UserError(f"{place} cannot be read: {reason}") from failure
-            say(f"checkpoint {place} is damaged ({reason}); it goes to {aside}; trying the one before")
-            if is_main():
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                os.replace(place, aside / str(step))
-            wait_for_all(f"put aside {place}")
-            self._manager.reload()
-        if steps or (aside.is_dir() and any(aside.iterdir())):
-            raise UserError(f"no saved state of {self.directory} can be read (see {aside}); --force starts anew")
-        return None
-
-    def _restore_one(self, step: int, like: Any) -> Any:
-        template = fetch(like)
-        args = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), template)
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(item=template, restore_args=args), meta=ocp.args.JsonRestore()
-            ),
-        )
-        for new, old in zip(jax.tree.leaves(found.state), jax.tree.leaves(template), strict=True):
-            if new.shape != old.shape:
-                raise ValueError(f"an array has shape {new.shape}, expected {old.shape}")
-        if _checksum(found.state) != found.meta["checksum"]:
-            raise ValueError("checksum mismatch")
-        if not all(np.isfinite(x).all() for x in jax.tree.leaves(found.state) if np.issubdtype(x.dtype, np.floating)):
-            raise ValueError("a number is not finite")
-        return found.state
-
-    def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self._manager.close()

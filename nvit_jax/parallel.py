@@ -105,15 +105,15 @@ class Parallel:
     @classmethod
     def create(cls, backend: str = "jit", devices: tuple[jax.Device, ...] | None = None) -> "Parallel":
         if backend not in ("jit", "pmap", "fsdp"):
-            raise UserError(f"config.parallel={backend!r} is not one of jit, pmap, fsdp")
+            raise UserError(f"={backend!r} is not one of {', '.join(BACKENDS)}", "parallel")
         if backend == "pmap" and jax.process_count() > 1:
-            raise UserError('config.parallel="pmap" runs on one host; use "jit" or "fsdp" on several')
+            raise UserError('="pmap" runs on one host; use "jit" or "fsdp" on several', "parallel")
         return cls(backend, tuple(jax.devices()) if devices is None else devices)
 
     def check_batch(self, size: int, name: str) -> None:
         """UserError unless a global batch divides over the devices."""
         if size % len(self.devices):
-            raise UserError(f"{name}={size} does not divide over {len(self.devices)} devices")
+            raise UserError(f"={size} does not divide over {len(self.devices)} devices", name)
 
     def local_rows(self, size: int) -> slice:
         """The rows of a global batch that this process provides."""

@@ -18,9 +18,11 @@ from nvit_jax.data.sources import Arrays
 from nvit_jax.errors import UserError
 from nvit_jax.model import vit
 from nvit_jax.model.masks import full_masks
+from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.parallel import Parallel, fetch
-from nvit_jax.pruning import loop, saliency
 from nvit_jax.pruning.ranking import Policy, group_sizes, make_targets, rank
+from nvit_jax.pruning import saliency
+from nvit_jax.pruning.scoring import Scoring, make_score_step
 from nvit_jax.training import distill, optim
 from nvit_jax.training.evaluate import evaluate, make_eval_step
 from nvit_jax.training.losses import Objective, objective_loss
@@ -62,7 +64,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def score_step(p: Parallel, name, loss_name, size=8):
-    step = loop.make_score_step(DIMS, name, saliency.criterion(name), loss_name, MIX)
+    step = make_score_step(DIMS, Scoring(criterion=name, loss=loss_name), MIX)
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     masks = full_masks(DIMS)
@@ -227,7 +229,7 @@ def test_evaluation_counts_every_image_once(setup):
     raw = rng.integers(0, 17, (27, DIMS.image, DIMS.image, 1)).astype(np.uint8)
     labels = rng.integers(0, DIMS.classes, 27).astype(np.int32)
     split = datasets.Split(Arrays(raw, labels))
-    preprocess = datasets.Preprocessing(8, 16.0, (0.5,), (0.5,))
+    preprocess = Preprocessing(8, 16.0, (0.5,), (0.5,))
     logits = np.asarray(vit.forward(DIMS, params, preprocess(raw))).mean(1)
     order = np.argsort(-logits, axis=1)
     step = make_eval_step(lambda s, x: vit.forward(DIMS, s, preprocess(x)), p)
@@ -241,7 +243,7 @@ def test_evaluation_counts_every_image_once(setup):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="config.parallel='ddp' is not one of"):
+    with pytest.raises(UserError, match="parallel='ddp' is not one of"):
         Parallel.create("ddp")
     with pytest.raises(UserError, match="config.prune.batch=6 does not divide over 4 devices"):
         parallel("jit", 4).check_batch(6, "config.prune.batch")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from nvit_jax.data.images import BadImage, CenterCrop
 from nvit_jax.data.sources import (
     Arrays,
     Folder,
@@ -28,53 +27,11 @@ from nvit_jax.data.sources import (
     tfds_facts,
 )
 from nvit_jax.errors import UserError
+from nvit_jax.model.preprocessing import BadImage, Preprocessing
 
 Pixels = Callable[[Any, Any], np.ndarray]  # (an encoded image or pixels, random generator) -> uint8 [s, s, channels]
 
 SPLITS = ("train", "val", "test")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """From raw pixels to what a model sees. Stored in model.json."""
-
-    size: int
-    scale: float  # the raw value that becomes 1
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None = None  # image files: the short side before the center crop of `size`
-    interpolation: str | None = None  # of that resizing: "bicubic" or "bilinear"
-
-    def __call__(self, images: Any) -> Any:
-        """[B, size, size, channels] raw, of NumPy or JAX -> float32, normalised."""
-        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        return ((images.astype(np.float32) / np.float32(self.scale)) - mean) / std
-
-    def crop(self) -> CenterCrop:
-        """What makes this of an image file."""
-        return CenterCrop(self.resize or self.size, self.size, self.interpolation or "bicubic", len(self.mean))
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def imagenet(cls, size: int) -> "Preprocessing":
-        """DeiT's, of image files."""
-        return cls(size, 255.0, IMAGENET_MEAN, IMAGENET_STD, size * 256 // 224, "bicubic")
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """UserError when the values are not what `to_json` gives."""
-        try:
-            return cls(**dict(values) | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the preprocessing in model.json is not complete: {error!r}") from error
-
-    def describe(self) -> str:
-        """In words."""
-        resize = f"short side to {self.resize} ({self.interpolation}), center crop " if self.resize else ""
-        return f"{resize}{self.size}, mean {self.mean}, std {self.std}"
 
 
 def cores() -> int:

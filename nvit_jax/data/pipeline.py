@@ -13,9 +13,9 @@ import grain
 import numpy as np
 
 from nvit_jax.data.datasets import Pixels, Split, cores
-from nvit_jax.data.images import BadImage
 from nvit_jax.data.sources import Arrays, Source, Subset
 from nvit_jax.errors import UserError
+from nvit_jax.model.preprocessing import BadImage
 
 _AHEAD = 2  # batches
 

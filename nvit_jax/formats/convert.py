@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 import nvit_jax
-from nvit_jax.data.datasets import Preprocessing
 from nvit_jax.errors import UserError
 from nvit_jax.formats import interchange, layouts
 from nvit_jax.formats.canonical import Canonical, canonical, nvit_masks
@@ -26,10 +25,18 @@ from nvit_jax.formats.detect import (
 from nvit_jax.formats.weights import Tensors, open_checkpoint, read_beside
 from nvit_jax.model import positions, regnet
 from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params
-from nvit_jax.model.directory import Model, load_classifier, save_model, save_regnet
+from nvit_jax.model.directory import (
+    Model,
+    check_place,
+    is_model,
+    load_classifier,
+    save_model,
+    save_regnet,
+)
 from nvit_jax.model.groups import flatten
 from nvit_jax.model.masks import check_masks, full_masks
-from nvit_jax.pruning.reshape import reshape
+from nvit_jax.model.preprocessing import Preprocessing
+from nvit_jax.model.reshape import reshape
 
 Read = Callable[[str], np.ndarray]
 
@@ -80,12 +87,15 @@ def convert_checkpoint(
     verify: bool = False,
     say: Callable[[str], None] = print,
 ) -> Converted:
-    """Convert and write a model directory. An `out` that exists is replaced only with `overwrite`, and only at the end.
+    """Convert and write a model directory.
 
+    A model that stands at `out` is replaced only with `overwrite`, and only at the end; what else lies there stays.
+    UserError for an `out` that is a file, or a directory of other things.
     `verify` runs PyTorch on the file's own tensors and Flax on the directory just written, on the same images.
     """
     out = pathlib.Path(out)
-    if out.exists() and not overwrite:
+    check_place(out)
+    if is_model(out) and not overwrite:
         raise UserError(f"--out={out} exists; --overwrite replaces it")
     found = convert(checkpoint, options)  # the file is closed, and its memory returned, before anything is written
     for note in found.notes:

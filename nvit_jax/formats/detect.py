@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nvit_jax.data.datasets import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from nvit_jax.errors import UserError
 from nvit_jax.formats import interchange, layouts
 from nvit_jax.formats.canonical import Canonical
 from nvit_jax.model.dims import ViTDims, preset, preset_names, published_heads
+from nvit_jax.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -46,8 +47,9 @@ def export_model(
     largest = float(np.abs(expected).max())
     records = []
     for name in formats:
-        with new_directory(directory / name) as beside:
+        with new_directory(directory / name, (f"model*.{name}*", "vit.py")) as beside:
             written = [FORMATS[name](model, beside, dtype) for dtype in dtypes]
+            _open_to_others(beside)
             for dtype, file in zip(dtypes, written, strict=True):
                 # Two batch sizes, neither of them the one that was traced.
                 found = np.concatenate([file.run(images[:1]), file.run(images[1:])])
@@ -75,6 +77,16 @@ def export_model(
                     say(f"{where}: {facts}")
                 records.append(record)
     return records
+
+
+def _open_to_others(directory: Path) -> None:
+    """Give every file the permissions that new files get here: safetensors makes its own for their owner alone."""
+    probe = directory / ".new"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in directory.iterdir():
+        file.chmod(mode)
 
 
 def _file_name(dtype: str, suffix: str) -> str:
@@ -228,6 +240,7 @@ def _onnx_matrices(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield node.input[1], matrix if turned else matrix.T
 
 
+DTYPES = ("float32", "float16", "bfloat16")
 FORMATS: dict[str, Callable[[Model, Path, str], Written]] = {
     "safetensors": write_safetensors,
     "stablehlo": write_stablehlo,

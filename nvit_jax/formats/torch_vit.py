@@ -13,11 +13,23 @@ The widths come from the metadata of the safetensors file. Licence: Apache-2.0 (
 import json
 import math
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
+
+MAX_PIXELS = 2**27  # of one image; a file that claims more is taken for a decompression bomb
+UPRIGHT = {  # EXIF orientation -> what makes it upright
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 class Attention(nn.Module):
@@ -150,26 +162,45 @@ class ViT(nn.Module):
 
 
 def load(path, device="cpu"):
-    """The model of a safetensors file written by nvit_jax, in eval mode. Half-precision weights become float32."""
-    with safe_open(path, framework="pt", device=device) as file:
-        facts = json.loads(file.metadata()["nvit_jax"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    model = ViT(facts["dims"], facts.get("preprocessing"), facts.get("classes") or ())
-    model.load_state_dict(state)
+    """The model of a safetensors file written by nvit_jax, in eval mode. Half-precision weights become float32.
+
+    ValueError, in one line, for any other file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            if "nvit_jax" not in metadata:
+                raise ValueError(f"{path} was not exported by nvit_jax: its metadata does not hold the model's widths")
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {_first_line(error)}") from error
+    try:
+        facts = json.loads(metadata["nvit_jax"])
+        model = ViT(facts["dims"], facts.get("preprocessing"), facts.get("classes") or ())
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its tensors are not those that its metadata describes: {error!r:.200}") from error
     return model.to(device).eval()
 
 
 def read_image(path, preprocessing):
-    """[channels, size, size], resized, cropped and normalised as the model was trained."""
+    """[channels, size, size], upright, resized, cropped and normalised as the model was trained. ValueError."""
+    if preprocessing is None:
+        raise ValueError("the model file does not say how images are prepared; give the model tensors of your own")
     from PIL import Image
 
     size, resize = preprocessing["size"], preprocessing.get("resize") or preprocessing["size"]
     channels = len(preprocessing["mean"])
-    image = Image.open(path).convert("RGB" if channels == 3 else "L")
-    short = min(image.size)
-    width, height = (resize if side == short else int(resize * side / short) for side in image.size)
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-    image = image.resize((width, height), filters[preprocessing.get("interpolation") or "bicubic"])
+    try:
+        image = _open_upright(path, "RGB" if channels == 3 else "L")
+        short = min(image.size)
+        width, height = (resize if side == short else int(resize * side / short) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels would become {width} x {height}")
+        image = image.resize((width, height), filters[preprocessing.get("interpolation") or "bicubic"])
+    except Exception as error:  # Pillow raises nearly everything for broken files
+        raise ValueError(f"{path} cannot be read as an image: {_first_line(error)}") from error
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, channels)
@@ -177,21 +208,69 @@ def read_image(path, preprocessing):
     return ((pixels.float() / preprocessing["scale"] - mean) / std).permute(2, 0, 1)
 
 
+def _open_upright(path, mode):
+    """The first frame in 8 bits, turned as the camera was held."""
+    from PIL import Image
+
+    image = Image.open(path)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    image.load()
+    try:  # after loading: Pillow turns TIFF itself
+        turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:  # broken metadata is no reason to lose the image
+        turn = None
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    image = image.convert(mode)
+    return image if turn is None else image.transpose(getattr(Image.Transpose, turn))
+
+
+def _eight_bits(image):
+    """16-bit grey, scaled. Pillow's own conversion would clip it."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
+    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels have more than 16 bits")
+    scaled = bytearray(len(values))
+    torch.frombuffer(scaled, dtype=torch.uint8).copy_((values * 255 + 32767) // 65535)
+    return Image.frombytes("L", image.size, bytes(scaled))
+
+
+def _first_line(error):
+    return (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
+
+
 def main(arguments):
-    """Print the likeliest classes of images; exit code 2 without arguments."""
-    if len(arguments) < 2:
+    """Print the likeliest classes of images. Returns the exit code: 2 for a call or a file that is wrong."""
+    if {"-h", "--help"} & set(arguments):
         print(__doc__)
+        return 0
+    if len(arguments) < 2:
+        print(__doc__, file=sys.stderr)
         return 2
-    model = load(arguments[0])
-    for path in arguments[1:]:
-        with torch.inference_mode():
-            chances = model(read_image(path, model.preprocessing)[None]).softmax(-1)[0]
-        best = chances.topk(min(5, len(chances)))
-        print(path)
-        for chance, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            name = model.classes[index] if index < len(model.classes) else ""
-            print(f"  {math.floor(1000 * chance + 0.5) / 10:5.1f} %  class {index} {name}")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata
+    try:
+        model = load(arguments[0])
+        for path in arguments[1:]:
+            _classify(model, path)
+    except (ValueError, ImportError) as error:  # what is wrong with a file, or no Pillow
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _classify(model, path):
+    with torch.inference_mode():
+        chances = model(read_image(path, model.preprocessing)[None]).softmax(-1)[0]
+    best = chances.topk(min(5, len(chances)))
+    print(path)
+    for chance, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        name = model.classes[index] if index < len(model.classes) else ""
+        print(f"  {math.floor(1000 * chance + 0.5) / 10:5.1f} %  class {index} {name}")
 
 
 if __name__ == "__main__":

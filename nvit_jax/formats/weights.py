@@ -160,3 +160,17 @@ def read_beside(path: pathlib.Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     return value if isinstance(value, dict) else {}
+
+
+def find_weights(folder: pathlib.Path) -> pathlib.Path:
+    """The checkpoint file of a folder such as a Hugging Face snapshot. UserError when there is none, or no telling."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / "model.safetensors.index.json").exists():
+        raise UserError(f"{folder} holds a checkpoint in several files, which is not read; merge them first")
+    found = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".pth", ".pt", ".bin", ".npz"))
+    if len(found) != 1:
+        shown = ", ".join(f.name for f in found) or "none"
+        raise UserError(f"{folder} is no model directory, and not one checkpoint lies in it ({shown}); name a file")
+    return found[0]

@@ -18,16 +18,17 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from scipy.optimize import nnls
 
 import nvit_jax
 from nvit_jax.errors import UserError
+from nvit_jax.files import read_json, write_json
 from nvit_jax.latency import timing
 from nvit_jax.model.dims import ViTDims, attention_macs, count_macs, mlp_macs
 from nvit_jax.model.vit import PARTS
@@ -84,6 +85,15 @@ class LatencyTable:
     def __call__(self, dims: ViTDims) -> float:
         return float(self._parts(dims) @ self.factors)
 
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write it as JSON."""
+        write_json(pathlib.Path(path), self.values)
+
+    @classmethod
+    def read(cls, path: str | pathlib.Path) -> "LatencyTable":
+        """What `save` or a latency stage wrote. Raises UserError."""
+        return cls(read_json(pathlib.Path(path)), str(path))
+
     def _parts(self, dims: ViTDims) -> np.ndarray:
         """[3] ms of attention and of all else, as the pieces alone say, and the blocks with more than one head."""
         blocks = list(zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True))
@@ -138,8 +148,8 @@ class LatencyTable:
                 raise UserError(f"{self.name} was measured for {field} {ours}, this model has {asked}; measure again")
         if (self.batch, self.dtype) != (batch, dtype):
             raise UserError(
-                f"{self.name} was measured at batch {self.batch} in {self.dtype}, the config says {batch} in {dtype}; "
-                "measure again with --stage latency --force"
+                f"{self.name} was measured at batch {self.batch} in {self.dtype}, and is asked for {batch} in {dtype}; "
+                "measure again"
             )
         self(dims)  # within the grid
 
@@ -158,6 +168,8 @@ def _fit_factors(rows: np.ndarray, ms: np.ndarray) -> np.ndarray:
     are to it. Fewer models than factors and one more share one factor."""
     if len(ms) < 4:
         return np.array([1.0, 1.0, 0.0]) * np.median(ms / rows[:, :2].sum(1))
+    from scipy.optimize import nnls  # half a second of imports
+
     weight = np.where(np.arange(len(ms)) == 0, 3.0, 1.0)
     return nnls(rows * (weight / ms)[:, None], weight)[0]
 
@@ -173,7 +185,7 @@ def _fill(dims: ViTDims, ms: Mapping[Cell, float | None]) -> dict[Cell, float]:
                 if v is not None and c[0] == piece and all(a <= b for a, b in zip(c[1], widths, strict=True))
             ]
             if not below:
-                raise UserError(f"no {piece} piece fits in memory at this batch; lower config.latency.batch")
+                raise UserError(f": no {piece} piece fits in memory at this batch; lower it", "batch")
             macs, measured = max(below)
             value = measured * _macs(dims, (piece, widths)) / macs
         out[piece, widths] = value
@@ -246,30 +258,35 @@ def random_dims(dims: ViTDims, sizes: Mapping[str, int], rng: np.random.Generato
 # ---------------------------------------------------------------------------------------------- measurement
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What a table is measured on."""
+
+    sizes: Mapping[str, int]  # of the groups that pruning removes: widths lie in steps of them
+    counts: Mapping[str, int]  # points of each axis
+    models: int = 7  # whole models of random widths that, with the dense one, the pieces are corrected by
+
+
 def measure_table(
     dims: ViTDims,
-    sizes: Mapping[str, int],
+    grid: Grid,
+    how: timing.Measurement,
     *,
-    batch: int,
-    dtype: str,
-    counts: Mapping[str, int],
-    models: int,
-    repeats: int,
-    known: Mapping[str, Record],
-    keep: Callable[[dict[str, Record]], None],
+    known: Mapping[str, Record] | None = None,
+    keep: Callable[[dict[str, Record]], None] = lambda records: None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Time the pieces over a grid, then the dense model and `models` random ones; the values of a LatencyTable.
+    """Time the pieces over a grid, then the dense model and random ones; the values of a LatencyTable.
 
     Args:
-      counts: grid points of each axis.
-      repeats: rounds of timing.
       known: records of an earlier, stopped measurement; `keep` takes all records after every group of cells.
       advance: is told how many programs of how many are done.
     """
-    axes = grid_axes(dims, sizes, counts)
+    batch, dtype, repeats = how.batch, how.dtype, how.repeats
+    sizes, known = grid.sizes, known or {}
+    axes = grid_axes(dims, sizes, grid.counts)
     rng = np.random.default_rng(0)
-    whole = [dims] + [random_dims(dims, sizes, rng) for _ in range(models)]
+    whole = [dims] + [random_dims(dims, sizes, rng) for _ in range(grid.models)]
     # What one factor is fitted for is timed with one anchor.
     jobs: dict[str, dict[str, tuple[ViTDims, str]]] = {"attention": {}, "mlp": {}, "model": {}}
     for cell in sorted(plan(axes), key=lambda c: -_macs(dims, c)):  # the widest that fits is what others are timed with

@@ -1,20 +1,21 @@
 """How long things take on this device: pieces of a model compiled as they are deployed, timed in turns."""
 
 import ctypes
+import dataclasses
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax.data.datasets import cores
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
 
@@ -112,14 +113,38 @@ def time_in_turns(calls: Sequence[Call], repeats: int) -> np.ndarray:
     return times[1:] * 1e3
 
 
-def measure(all_dims: Sequence[ViTDims], *, batch: int, dtype: str, repeats: int) -> list[float]:
-    """Median milliseconds of each whole model, timed in turns. Equal dims are measured once.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How something is timed."""
+
+    batch: int = 32  # images
+    dtype: str = "float32"
+    repeats: int = 15  # rounds; the median counts
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"={getattr(self, name)}: it must be at least 1", name)
+
+
+class Time(NamedTuple):
+    """Of one model: the median in milliseconds, and half the interquartile range over it."""
+
+    ms: float
+    spread: float
+
+
+def measure(all_dims: Sequence[ViTDims], how: Measurement) -> list[Time]:
+    """The time of each whole model for a batch, timed in turns. Equal dims are measured once.
 
     Raises UserError for a batch that does not fit in memory.
     """
     unique = list(dict.fromkeys(all_dims))
-    calls = compile_pieces([(d, "model") for d in unique], batch, dtype)
+    calls = compile_pieces([(d, "model") for d in unique], how.batch, how.dtype)
     if failed := [c for c in calls if isinstance(c, DoesNotFit)]:
-        raise UserError(f"config.latency.batch={batch} does not fit on this device ({failed[0]}); lower it")
-    times = np.median(time_in_turns([c for c in calls if not isinstance(c, DoesNotFit)], repeats), axis=0)
-    return [float(times[unique.index(d)]) for d in all_dims]
+        raise UserError(f"={how.batch} does not fit on this device ({failed[0]}); lower it", "batch")
+    times = time_in_turns([c for c in calls if not isinstance(c, DoesNotFit)], how.repeats)
+    low, middle, high = np.percentile(times, (25, 50, 75), axis=0)
+    found = [Time(float(m), float((b - a) / 2 / m)) for a, m, b in zip(low, middle, high, strict=True)]
+    return [found[unique.index(d)] for d in all_dims]

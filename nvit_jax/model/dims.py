@@ -166,14 +166,19 @@ def count_params(dims: ViTDims) -> int:
     d = dims.embed
     total = dims.patch**2 * dims.channels * d + d + dims.prefix * d + 2 * d
     total += {"all": dims.tokens, "patches": dims.patches, "none": 0}[dims.positions] * d
-    for h, q, v, m in zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True):
-        qkv = h * (2 * q + v)
-        total += 4 * d + d * qkv + qkv * dims.qkv_bias + h * v * d + d + 2 * d * m + m + d + 2 * d * dims.layer_scale
+    total += sum(block_params(dims, i) for i in range(dims.depth))
     features = d
     if dims.pre_logits:
         total += d * dims.pre_logits + dims.pre_logits
         features = dims.pre_logits
     return total + dims.classifiers * (features * dims.classes + dims.classes)
+
+
+def block_params(dims: ViTDims, block: int) -> int:
+    """Parameters of one block, its norms included."""
+    d, h, q, v, m = dims.embed, dims.heads[block], dims.qk[block], dims.v[block], dims.mlp[block]
+    qkv = h * (2 * q + v)
+    return 4 * d + d * qkv + qkv * dims.qkv_bias + h * v * d + d + 2 * d * m + m + d + 2 * d * dims.layer_scale
 
 
 def attention_macs(dims: ViTDims, block: int) -> int:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, check_choice, nearest
 from nvit_jax.model.dims import KINDS, Units, ViTDims, count_macs, count_params
 from nvit_jax.model.masks import check_masks, kept_dims, normalize
 
@@ -41,8 +41,7 @@ _FEW_HEADS = 6  # below this the head group is 1
 
 def group_sizes(profile: str) -> dict[str, int]:
     """{"embed": 16, ...} of a profile."""
-    if profile not in PROFILES:
-        raise UserError(f"config.prune.profile={profile!r} is not one of {', '.join(PROFILES)}")
+    check_choice("profile", profile, tuple(PROFILES))
     return dict(zip(KINDS, PROFILES[profile], strict=True))
 
 
@@ -69,21 +68,21 @@ class Policy:
     align: str = "per_head"
     rule: str = "per_cost"
     eta: float = 0.0
-    latency: Cost | None = None  # milliseconds, for rule "eta"
+    latency: Cost | None = None  # milliseconds, for the rules "eta" and "nvit"
 
     def __post_init__(self) -> None:
-        if self.align not in ("per_head", "shared"):
-            raise UserError(f'prune.align={self.align!r} is not "per_head" or "shared"')
-        if self.rule not in ("per_cost", "eta"):
-            raise UserError(f'prune.rule={self.rule!r} is not "per_cost" or "eta"')
-        if self.rule == "eta" and (self.latency is None or self.eta < 0):
-            raise UserError('prune.rule="eta" needs a latency model and prune.eta >= 0')
+        check_choice("align", self.align, ALIGNMENTS)
+        check_choice("rule", self.rule, RULES)
+        if self.rule in ("eta", "nvit") and (self.latency is None or self.eta < 0):
+            raise UserError(f'="{self.rule}" needs a latency model and eta >= 0', "rule")
         if unknown := sorted(set(self.kinds) - set(KINDS)):
-            raise UserError(f"prune.kinds: unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-        for name, values in (("group", self.sizes), ("floor", self.floors)):
+            raise UserError(f": unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}", "kinds")
+        for name, values in (("profile", self.sizes), ("floors", self.floors)):
+            if unknown := sorted(set(values) - set(KINDS)):
+                raise UserError(f": unknown kind {unknown[0]!r}{nearest(unknown[0], KINDS)}", name)
             for kind in KINDS:
                 if values[kind] < 1:
-                    raise UserError(f"prune: the {name} of {kind} is {values[kind]}; it must be at least 1")
+                    raise UserError(f": {kind} is {values[kind]}; it must be at least 1", name)
 
     def may_go(self, kind: str, block: int) -> bool:
         """Whether groups of this kind may go from this block."""
@@ -142,19 +141,19 @@ def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Co
     targets = []
     for name, value in spec.items():
         if name not in absolute and name.removesuffix("_ratio") not in costs:
-            raise UserError(f"prune.target: unknown target {name!r}")
+            raise UserError(f": unknown target {name!r}{nearest(name, list(spec))}", "target")
         if value is None:
             continue
         if not value > 0 or (name.endswith("_ratio") and value > 1):
-            raise UserError(f"prune.target.{name}={value}: it must be {'in (0, 1]' if 'ratio' in name else '> 0'}")
+            raise UserError(f"={value}: it must be {'in (0, 1]' if 'ratio' in name else '> 0'}", name)
         metric = absolute.get(name, name.removesuffix("_ratio"))
         cost = costs[metric]
         if cost is None:
-            raise UserError(f"prune.target.{name} needs a latency model; run the latency stage first")
+            raise UserError(" needs a latency model: a measured table, or an estimate", name)
         dense = float(cost(dims))
         targets.append(Target(name, cost, float(value * dense if name.endswith("_ratio") else value), dense))
     if not targets:
-        raise UserError("prune.target: set at least one of " + ", ".join(spec))
+        raise UserError(": set at least one of " + ", ".join(spec), "target")
     return targets
 
 
@@ -162,7 +161,7 @@ def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
     """The dims that are left when every group that may go has gone."""
 
     if bad := [b for b in policy.protected if not 0 <= b < dims.depth]:
-        raise UserError(f"prune.protected: there is no block {bad[0]}; the model has {dims.depth}")
+        raise UserError(f": there is no block {bad[0]}; the model has {dims.depth}, from 0", "protect")
 
     def shrink(kind: str, width: int, block: int) -> int:
         if not policy.may_go(kind, block):
@@ -190,8 +189,9 @@ def check_reachable(dims: ViTDims, policy: Policy, targets: Sequence[Target]) ->
                 scale = target.dense if target.name.endswith("_ratio") else 1.0
                 asked, shown = f"{limit / scale:.6g}", f"{math.ceil(least / scale * 1e4) / 1e4:.10g}"
             raise UserError(
-                f"prune.target.{target.name}={asked} cannot be met: with these floors, groups and protected "
-                f"blocks the smallest reachable is {shown}"
+                f"={asked} cannot be met: with these floors, groups and protected blocks the smallest reachable is "
+                f"{shown}",
+                target.name,
             )
 
 

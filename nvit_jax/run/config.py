@@ -15,9 +15,10 @@ from nvit_jax.errors import UserError
 from nvit_jax.formats.export import FORMATS
 from nvit_jax.model.dims import KINDS
 from nvit_jax.parallel import BACKENDS
-from nvit_jax.pruning.loop import MODES, SCORE_LOSSES
+from nvit_jax.pruning.loop import METHODS
 from nvit_jax.pruning.ranking import ALIGNMENTS, PROFILES, RULES
 from nvit_jax.pruning.saliency import CRITERIA, SCHEMES
+from nvit_jax.pruning.scoring import LOSSES
 from nvit_jax.pruning.sparsity import SPARSITY
 
 STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report", "preview")  # in order
@@ -273,11 +274,11 @@ def check_config(c: ConfigDict) -> None:
         need(floor >= 1, f"prune.floors.{kind}", floor, "must be >= 1")
     for key, value, choices in (
         ("criterion", p.criterion, CRITERIA),
-        ("mode", p.mode, MODES),
+        ("mode", p.mode, METHODS),
         ("rule", p.rule, RULES),
         ("align", p.align, ALIGNMENTS),
         ("profile", p.profile, PROFILES),
-        ("score.loss", p.score.loss, (None, *SCORE_LOSSES)),
+        ("score.loss", p.score.loss, (None, *(name for name in LOSSES if name != "own"))),
         ("score.scheme", p.score.scheme, SCHEMES),
     ):
         need(value in choices, f"prune.{key}", value, f"must be one of {', '.join(str(x) for x in choices)}")

@@ -1,42 +1,33 @@
-"""A run's directory: which stage is done and with which config keys, its logs, its saved states, its progress bar."""
+"""A run's directory, and what a stage promises about its own: it begins, goes on, is done, and is done anew.
+
+A stage works in W/<stage>/ the first time. One that is done anew is built in W/.new/<stage>/ while the old one stays
+as it is, and takes its place when it is whole. A stage replaces and removes nothing that it has not written.
+"""
 
 import contextlib
+import dataclasses
 import fcntl
-import json
+import os
 import pathlib
 import shutil
 import signal
 import sys
-import time
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import tqdm
-from tensorboardX import SummaryWriter
 
 from nvit_jax.errors import UserError
-from nvit_jax.files import StateSaver, read_json, saving, write_json, write_text
+from nvit_jax.files import hand_over, write_json
 from nvit_jax.parallel import any_process, is_main, main_decides, wait_for_all
-from nvit_jax.run.config import STAGES, default_config, flatten_config
+from nvit_jax.run import reads
+from nvit_jax.run.config import STAGES
+from nvit_jax.run.writes import OUTPUTS, RECORD, read_record
+from nvit_jax.training.monitor import Recorder
 
-_FOLLOW = (
-    "eval",
-    "export",
-    "report",
-    "preview",
-)  # take in what is new; the other stages are redone only when what they read changed
-
-
-_FREE = ("parallel", "data.workers", "data.threads", "data.max_bad_fraction")
-_FREE_IN_SECTIONS = ("accumulate", "remat", "save_every")
-
-
-def _changes_nothing(key: str) -> bool:
-    """Where and how a stage runs, not what comes out: a begun stage may go on with another value, on other devices."""
-    return key in _FREE or key.rpartition(".")[2] in _FREE_IN_SECTIONS
+Path = pathlib.Path
 
 
 class StopSignal:
@@ -65,88 +56,37 @@ class StopSignal:
 STOP = StopSignal()
 
 
-class StageDir:
-    """One stage of a run: W/<stage>/. Also the Monitor of its loops. The main process writes, Orbax with all."""
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a stage would do now."""
 
-    def __init__(self, workdir: pathlib.Path, name: str) -> None:
-        self.workdir, self.name, self.main = workdir, name, is_main()
-        self.path = workdir / name
-        self._bar: Any = None
-        self._saver: StateSaver | None = None
-        self._writer: Any = None
-        self._resumed_at: int | None = None
-        self.started = time.monotonic()
-        self.input_wait = 0.0  # seconds in which the device waited for images
+    path: Path | None  # where it works; None: it is done
+    fresh: bool = True  # from the start, not from what a stopped one has kept
+    carry: Path | None = None  # where what still holds comes from
+    why: str = ""  # a line for the user
 
-    # ------------------------------------------------------------------------------------ begin and finish
+    @property
+    def works(self) -> bool:
+        return self.path is not None
+
+
+class StageDir(Recorder):
+    """One stage of a run. `place` is W/<stage>; `path` is where it works: there, or beside it while it is done anew.
+
+    Also the Recorder of its loops. The main process writes, Orbax with all.
+    """
+
+    def __init__(self, workdir: Path, name: str) -> None:
+        super().__init__(workdir / name, name)
+        self.workdir, self.place = workdir, workdir / name
+        self._new, self._old = workdir / ".new" / name, workdir / ".old" / name
+        self.outputs = OUTPUTS[name]
+
+    # ------------------------------------------------------------------------------------------- what it is
 
     def record(self) -> dict[str, Any] | None:
-        return read_json(self.path / "stage.json") if (self.path / "stage.json").exists() else None
-
-    def begin(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool) -> bool:
-        """True when the stage has work to do (from the start, or from a saved state), False when it is done.
-
-        `keys` are the config keys that the stage reads, `inputs` the ids of what it builds on. UserError when a
-        finished or begun stage had other keys, unless `force`, which starts it anew and marks later stages stale.
-        With several processes the main one begins and tells the others.
-        """
-        record = self.record()
-        extends = False
-        fresh = record is None or record["status"] == "stale" or force or self._nothing_yet(record)
-        if record is not None and not fresh:
-            defaults = flatten_config(default_config())
-            old = {k: record["keys"].get(k, defaults.get(k)) for k in keys}  # it may be older than a key
-            changed = sorted(k for k in keys if old[k] != keys[k] and not _changes_nothing(k))
-            if changed:
-                shown = ", ".join(f"{k}: {old.get(k)!r} -> {keys.get(k)!r}" for k in changed)
-                raise UserError(
-                    f"{self.path}: this stage was {'finished' if record['status'] == 'done' else 'begun'} with other "
-                    f"config keys ({shown}); set them back, use another --workdir, or redo it with --force"
-                )
-            old_inputs = record["inputs"]
-            renewed = [k for k, v in inputs.items() if old_inputs.get(k, None if self.name in _FOLLOW else v) != v]
-            fresh = bool(renewed)
-            extends = fresh and self.name in _FOLLOW  # what it has found out about the rest still holds
-            if fresh and record["status"] == "done":
-                self.say(f"done anew, since {', '.join(renewed)} changed")
-        if record is not None and not fresh and record["status"] == "done":
-            return False
-        if record is not None and not fresh:
-            write_json(self.path / "stage.json", record | {"keys": dict(keys)})
-        if fresh:
-            if not extends:
-                (self.path / "stage.json").unlink(missing_ok=True)  # first: a kill must leave no finished stage
-                shutil.rmtree(self.path, ignore_errors=True)
-            if record is not None:
-                self._mark_later_stale()
-            write_json(
-                self.path / "stage.json",
-                {"status": "running", "id": uuid.uuid4().hex, "keys": dict(keys), "inputs": dict(inputs)},
-            )
-        return True
-
-    def _nothing_yet(self, record: Mapping[str, Any]) -> bool:
-        """Begun, but nothing saved that could be lost or resumed."""
-        return record["status"] == "running" and not (
-            (self.path / "cells.json").exists()
-            or any((self.path / "state").glob("[0-9]*"))
-            or any((self.path / "state.damaged").glob("[0-9]*"))
-        )
-
-    def _mark_later_stale(self) -> None:
-        for name in STAGES[STAGES.index(self.name) + 1 :]:
-            other = StageDir(self.workdir, name)
-            if (record := other.record()) is not None:
-                write_json(other.path / "stage.json", record | {"status": "stale"})
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write metrics.json, mark the stage done, drop its saved states."""
-        self._close()
-        write_json(self.path / "metrics.json", metrics)
-        write_json(self.path / "stage.json", (self.record() or {}) | {"status": "done"})
-        wait_for_all(f"finish {self.path}")
-        if self.main:
-            shutil.rmtree(self.path / "state", ignore_errors=True)
+        """What stage.json says: status, id, keys, inputs, files."""
+        return read_record(self.path)
 
     def done(self) -> bool:
         record = self.record()
@@ -157,116 +97,176 @@ class StageDir:
         return dict((self.record() or {}).get("keys", {}))
 
     def id(self) -> str:
+        """Of what the stage has made; another one when it is made again."""
         return (self.record() or {}).get("id", "")
-
-    # ------------------------------------------------------------------------------------------- monitor
 
     @property
     def stopping(self) -> bool:
         return any_process(STOP.received)  # all processes save the same step
 
-    @property
-    def saver(self) -> StateSaver:
-        if self._saver is None:
-            self._saver = StateSaver(self.path / "state")
-        return self._saver
-
-    def save(self, step: int, state: Any) -> None:
-        self.saver.save(step, state)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of log.jsonl, and the same numbers for TensorBoard, with the part of the time spent waiting."""
-        self._append("log.jsonl", {"step": step} | dict(metrics))  # no times: a resumed run writes the same lines
-        self._scalars(step, dict(metrics) | {"input_wait": self.input_wait / max(self.seconds(), 1e-9)})
-
-    def history(self, line: Mapping[str, Any]) -> None:
-        """One line of history.jsonl."""
-        self._append("history.jsonl", line)
-        self._scalars(line["step"], {f"pruning/{k}": v for k, v in line.items() if isinstance(v, float)})
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        if self.main:
-            with saving(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if not self.main:
-            return
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._resumed_at)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def cut_back(self, name: str, step: int, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines of a log that were written after the state saved at `step`, and a half-written last one."""
-        self._resumed_at = step + 1
-        path = self.path / name
-        if not self.main or not path.exists():
-            return
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                if keep(json.loads(line)):
-                    lines.append(line)
-        write_text(path, "".join(line + "\n" for line in lines))
-
-    @contextlib.contextmanager
-    def progress(self, total: int | None, initial: int = 0) -> Iterator[None]:
-        """A bar with rate and time left; nothing when the output is no terminal."""
-        self._bar = tqdm.tqdm(
-            total=total, initial=initial, desc=self.name, unit="step", disable=None if self.main else True, leave=False
-        )
-        try:
-            yield
-        finally:
-            self._bar.close()
-            self._bar = None
-            self._close()
-
-    def waited(self, seconds: float) -> None:
-        self.input_wait += seconds
-
-    def advance(self, step: int, text: str, total: int | None = None) -> None:
-        if self._bar is not None:
-            self._bar.total = total or self._bar.total
-            self._bar.update(step - self._bar.n)
-            if text:
-                self._bar.set_postfix_str(text, refresh=False)
-
-    def _close(self) -> None:
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def say(self, text: str) -> None:
-        """One line for the user, of the main process."""
-        if self.main:
-            tqdm.tqdm.write(f"[{self.name}] {text}", file=sys.stdout)
-            sys.stdout.flush()
-
     def warn(self, text: str) -> None:
-        """One line for the user, of the process that finds something out."""
-        if self.main:
+        if is_main():
             self.say(text)
         else:
             print(f"[{self.name}, process {jax.process_index()}] {text}", file=sys.stderr, flush=True)
 
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
+    # ------------------------------------------------------------------------------------------------ begin
+
+    def judge(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool, stale: bool = False) -> Verdict:
+        """Whether and where the stage has work to do. Writes nothing.
+
+        `keys` are the config keys that it reads, `inputs` the ids of what it builds on; `stale`: an earlier stage will
+        have been done anew. UserError when a finished or begun stage had other keys, or the user's files had another
+        content, unless `force`, which begins anew.
+        """
+        there, redo = read_record(self.place), read_record(self._new)
+        finished = there is not None and there["status"] != "running"
+        valid = there is not None and there["status"] == "done" and not stale
+        redo = redo if redo is not None and redo["status"] == "running" else None
+        at = self._new if finished or redo else self.place
+        if force:
+            return Verdict(at)
+        since = None if there is None else reads.changes(self.name, there, keys, inputs)
+        unchanged = valid and since is not None and not since.any
+        begun, kept = redo or (None if finished else there), self.outputs.kept(at)
+        if begun is not None:
+            found = reads.changes(self.name, begun, keys, inputs)
+            if not found.any:
+                return Verdict(at, fresh=not kept, why="goes on with what was begun anew" if kept and finished else "")
+            if kept and not unchanged:
+                self._refuse_changes(found, keys, inputs, "begun")
+                carry = at if found.only_models else None
+                return Verdict(at, carry=carry, why=f"begun anew, since {found.names} changed")
+        if since is None or not finished:
+            return Verdict(at)
+        if unchanged:
+            return Verdict(
+                None, why=f"what was begun anew with other keys waits in {self._new}" if redo and kept else ""
+            )
+        if valid:
+            self._refuse_changes(since, keys, inputs, "finished")
+        why = f"{since.names} changed" if valid else "an earlier stage was"
+        return Verdict(at, carry=self.place if since.only_models else None, why=f"done anew, since {why}")
+
+    def _refuse_changes(
+        self, found: reads.Changes, keys: Mapping[str, Any], inputs: Mapping[str, str], was: str
+    ) -> None:
+        if found.keys:
+            shown = ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in sorted(found.keys.items()))
+            raise UserError(
+                f"{self.place}: this stage was {was} with other config keys ({shown}); set them back, use another "
+                "--workdir, or redo it with --force"
+            )
+        if found.files and self.name not in reads.FOLLOW:
+            key = found.files[0]
+            raise UserError(
+                f"{self.place}: config.{key}: the content of {keys[key]} has changed since this stage was {was}; put "
+                "it back, use another --workdir, or redo it with --force"
+            )
+
+    def begin(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool) -> bool:
+        """True when the stage has work to do, at `path` (from the start, or from a saved state); False when it is done.
+
+        As `judge`. With several processes the main one begins and tells the others.
+        """
+        works = main_decides(lambda: self._begin(self.judge(keys, inputs, force=force), keys, inputs))
+        if main_decides(lambda: self.path == self._new):
+            self.path = self._new
+        return works
+
+    def _begin(self, verdict: Verdict, keys: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        if verdict.why:
+            self.say(verdict.why)
+        if verdict.path is None:
+            return False
+        self.check_place(verdict)
+        self.path = verdict.path
+        record = self.record()
+        if verdict.fresh:
+            if record is not None:  # a kill in between must not leave a part of it to go on from
+                write_json(self.path / RECORD, record | {"status": "stale"})
+            here = verdict.carry == self.path
+            self.outputs.clear(self.path, record, self.outputs.carries if here else ())
+            self._carry(None if here else verdict.carry)
+            record = {"id": uuid.uuid4().hex, "inputs": dict(inputs)}
+        write_json(self.path / RECORD, (record or {}) | {"status": "running", "keys": dict(keys)})
+        return True
+
+    def _carry(self, source: Path | None) -> None:
+        for name in self.outputs.carries:
+            if source is not None and (source / name).is_file():
+                self.path.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, self.path / name)
+
+    def check_place(self, verdict: Verdict) -> None:
+        """UserError when the stage cannot work at `verdict.path` without touching what is somebody else's."""
+        if verdict.path == self.place and read_record(self.place) is None:
+            taken = self.outputs.taken(self.place)
+            if taken is not None:
+                raise UserError(
+                    f"{self.place} holds {taken}, which this stage did not write; move it away or use another --workdir"
+                )
+        if verdict.path == self._new and self.place.is_symlink():
+            raise UserError(f"{self.place} is a link to {self.place.resolve()}; run this stage there")
+
+    # ----------------------------------------------------------------------------------------------- finish
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json, mark the stage done, drop its saved states; what was done anew takes its place."""
+        self.close()
+        write_json(self.path / "metrics.json", metrics)
+        wait_for_all(f"finish {self.place}")
+        if is_main():
+            facts = {"status": "done", "files": self.outputs.written(self.path)}
+            write_json(self.path / RECORD, (self.record() or {}) | facts)
+            self.outputs.drop_states(self.path)
+            if self.path == self._new:
+                self._take_place()
+        wait_for_all(f"finished {self.place}")
+        self.path = self.place
+
+    def _take_place(self) -> None:
+        """W/.new/<stage> becomes W/<stage>."""
+        if self.place.exists():
+            self._old.parent.mkdir(exist_ok=True)
+            os.replace(self.place, self._old)
+        os.replace(self._new, self.place)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What was made of the old one is stale now; files in it that the stage has not written are taken over."""
+        for name in STAGES[STAGES.index(self.name) + 1 :]:
+            later = StageDir(self.workdir, name)
+            if later.done():
+                write_json(later.place / RECORD, (later.record() or {}) | {"status": "stale"})
+        own = self.outputs.own(read_record(self._old))
+        for file in hand_over(self._old, self.place, own, last=RECORD):
+            self.say(f"{file} is yours; the stage has written a file of its name")
+        for place in (self._new.parent, self._old.parent):
+            with contextlib.suppress(OSError):  # another stage is done anew
+                place.rmdir()
+
+    def recover(self) -> None:
+        """End what a kill has left half-done in `_take_place`."""
+        if self._old.is_dir() and self.place.exists():
+            self._settle()
+        redo = read_record(self._new)
+        if redo is not None and redo["status"] == "done":
+            self._take_place()
+        elif self._old.is_dir():
+            os.replace(self._old, self.place)
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """All lines of a .jsonl file; none when it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def recover(workdirs: Iterable[Path]) -> bool:
+    """End what a killed run has left half-done in some workdirs. True."""
+    for workdir in workdirs:
+        for name in STAGES:
+            StageDir(workdir, name).recover()
+    return True
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """No other run in this workdir meanwhile, on this machine or on another that sees the file system. UserError."""
     with contextlib.ExitStack() as stack:
 
@@ -287,7 +287,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_workdir(path: pathlib.Path) -> bool:
+def check_workdir(path: Path) -> bool:
     """Create it; UserError when it is a file or may not be written. True."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={path} is not a directory")

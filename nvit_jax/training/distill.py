@@ -3,7 +3,7 @@
 import collections
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.training.losses import Batch, Objective, objective_loss
+from nvit_jax.training.monitor import Monitor
 from nvit_jax.training.optim import ema_update
 
 _ASK_EVERY = 8  # steps
@@ -134,18 +135,6 @@ def _in_parts(part: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
 
     total, _ = jax.lax.scan(add, zero, jnp.arange(count))
     return jax.tree.map(lambda x: x / count, total)
-
-
-class Monitor(Protocol):
-    """Where a loop reports to."""
-
-    @property
-    def stopping(self) -> bool: ...  # asked to stop: save and leave
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def save(self, step: int, state: Any) -> None: ...
-    def advance(self, step: int, text: str) -> None: ...
-    def waited(self, seconds: float) -> None: ...  # for a batch, while the device had nothing to do
 
 
 class Stopped(Exception):

@@ -1,11 +1,14 @@
 """Objectives: what training minimises and what saliency differentiates. Every loss is per example, [B]."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from nvit_jax.errors import UserError
 
 # image [B, image, image, channels], label [B], index [B] (place in the global batch), and of the teachers: "teacher"
 # [B, T, C], the unpruned model's logits, "label_teacher" [B, C], another classifier's (a CNN's in NViT); of mixed
@@ -25,6 +28,8 @@ class Objective:
     `kl_per_head` applies the KL to each classifier and averages (finetuning) instead of to the mean of their
     logits (pruning). KL_nvit is a mean over batch AND classes at temperature tau without a tau^2 factor, so that
     NViT's coefficient 1e5 is 100 times the ordinary per-sample KL at 1,000 classes.
+
+    `own(logits [B, C], batch) -> [B]` is a loss of the user's in the place of L_label.
     """
 
     label_weight: float = 1.0
@@ -34,10 +39,16 @@ class Objective:
     smoothing: float = 0.0
     teacher_alpha: float = 0.0
     teacher_tau: float | None = None
+    own: Callable[[jax.Array, Batch], jax.Array] | None = None
 
     @property
     def needs_teacher(self) -> bool:
+        """The unpruned model's logits."""
         return self.kl_weight != 0
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.own is None and self.label_weight != 0
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -60,8 +71,13 @@ def kl_nvit(teacher: jax.Array, logits: jax.Array, tau: float) -> jax.Array:
 def objective_loss(objective: Objective, logits: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of every example [B] and its parts, from logits [B, T, C]; see `Batch` for the teachers'."""
     mean = logits.mean(1)
-    label = cross_entropy(mean, batch["label"], objective.smoothing)
-    if "mixed_label" in batch:
+    if objective.own is not None:
+        label = objective.own(mean, batch)
+        if label.shape != mean.shape[:1]:
+            raise UserError(f" returns the shape {label.shape}; it must be [B], one number an example", "loss")
+    else:
+        label = cross_entropy(mean, batch["label"], objective.smoothing)
+    if "mixed_label" in batch and objective.own is None:
         other = cross_entropy(mean, batch["mixed_label"], objective.smoothing)
         label = batch["label_share"] * label + (1 - batch["label_share"]) * other
     parts = {"label_loss": label}

@@ -24,10 +24,12 @@ from nvit_jax.latency import timing
 from nvit_jax.model.dims import Units, count_macs, count_params
 from nvit_jax.model.directory import Model, load_model
 from nvit_jax.model.masks import full_masks
+from nvit_jax.model.preprocessing import Preprocessing
+from nvit_jax.model.reshape import reshape
 from nvit_jax.parallel import Parallel
-from nvit_jax.pruning import loop, ranking, saliency
-from nvit_jax.pruning.reshape import reshape
+from nvit_jax.pruning import ranking
 from nvit_jax.pruning.saliency import CRITERIA
+from nvit_jax.pruning.scoring import Scoring, make_score_step
 from nvit_jax.training.distill import Inputs, TrainState
 from nvit_jax.training.losses import Objective
 
@@ -35,13 +37,13 @@ BATCH = 16
 
 
 def score(
-    model: Model, split: datasets.Split, pre: datasets.Preprocessing, name: str, scheme: str, seed: int = 0
+    model: Model, split: datasets.Split, pre: Preprocessing, name: str, scheme: str, seed: int = 0
 ) -> tuple[Units, float]:
     """Scores averaged over one pass over the split, and the seconds it took without compilation."""
     second_order = name in ("hvp", "obd")
-    criterion = saliency.criterion(name, **({"scheme": scheme} if second_order else {}))
+    scoring = Scoring(criterion=name, **({"scheme": scheme} if second_order else {}))
     step = Parallel.create("jit", tuple(jax.devices()[:1])).compile(
-        prepare(pre, loop.make_score_step(model.dims, name, criterion, None, Objective()))
+        prepare(pre, make_score_step(model.dims, scoring, Objective()))
     )
     key = jax.random.key_data(jax.random.key(seed))
     inputs = Inputs(TrainState(np.int32(0), model.params, None, None, full_masks(model.dims), key), model.params)
@@ -57,7 +59,7 @@ def score(
     return Units(*total), seconds
 
 
-def hits(run, split: datasets.Split, pre: datasets.Preprocessing) -> np.ndarray:
+def hits(run, split: datasets.Split, pre: Preprocessing) -> np.ndarray:
     """1 where the largest logit is the label's."""
     found = []
     for i in range(0, len(split), BATCH):
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="kind", help="of hvp and obd")
     options = parser.parse_args()
     model = load_model(options.model)
-    pre = datasets.Preprocessing.from_json(model.info["preprocessing"])
+    pre = Preprocessing.from_json(model.info["preprocessing"])
     dataset = datasets.load_dataset(
         "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
     )
@@ -104,7 +106,7 @@ def main() -> None:
             theirs = hits(export.write_safetensors(compact, place).run, val, pre)
             rows.append((name, ratio, compact, ours, theirs, seconds))
             print(f"{name} {ratio}: {ours.mean():.2%}, in PyTorch {theirs.mean():.2%}", flush=True)
-    times = timing.measure([row[2].dims for row in rows], batch=32, dtype="float32", repeats=7)
+    times = timing.measure([row[2].dims for row in rows], timing.Measurement(batch=32, dtype="float32", repeats=7))
     print(f"\ncalibration {len(train) // BATCH * BATCH} images, evaluation n = {len(val)}, {timing.device_name()}\n")
     columns = ("criterion", "MACs asked", "MACs", "params", "latency", "top-1 ± s.e.", "to dense, paired ± s.e.")
     print("| " + " | ".join((*columns, "PyTorch", "seconds")) + " |")
@@ -117,7 +119,7 @@ def main() -> None:
             "asked": ratio,
             "macs": count_macs(compact.dims) / count_macs(model.dims),
             "params": count_params(compact.dims) / count_params(model.dims),
-            "latency": ms / times[0],
+            "latency": ms.ms / times[0].ms,
             "top1": ours.mean(),
             "top1_se": ours.std(ddof=1) / root,
             "difference": difference.mean(),

@@ -22,9 +22,9 @@ from PIL import Image
 
 from nvit_jax.data import images
 from nvit_jax.data.augment import RandAugment, TrainCrop, crop_box
-from nvit_jax.data.datasets import Preprocessing
 from nvit_jax.data.images import CenterCrop
 from nvit_jax.data.mixing import Mixing
+from nvit_jax.model.preprocessing import Preprocessing
 
 SIZE, FILL, SCALE, RATIO = 224, (124, 116, 104), (0.08, 1.0), (3 / 4, 4 / 3)
 Way = Callable[[bytes, np.random.Generator], np.ndarray]

@@ -16,6 +16,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import Units
 from nvit_jax.model.directory import Model, load_model
 from nvit_jax.model.masks import full_masks
+from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.pruning import ranking
 from tests.ablations.checkpoint import BATCH, score
 
@@ -43,7 +44,7 @@ class Draw:
     dense: np.ndarray  # log-probabilities of the dense model on the held images
     answers: Callable[[Units, datasets.Split], np.ndarray]
     model: Model
-    pre: datasets.Preprocessing
+    pre: Preprocessing
     out: pathlib.Path
 
     def scores(self, criterion: str) -> Units:
@@ -75,7 +76,7 @@ def draws(options: argparse.Namespace) -> Iterator[tuple[Draw, latency.LatencyTa
     model = load_model(options.model)
     dims = model.dims
     table = latency.LatencyTable(read_json(options.table), str(options.table))
-    pre = datasets.Preprocessing.from_json(model.info["preprocessing"])
+    pre = Preprocessing.from_json(model.info["preprocessing"])
     paths = {"train": str(options.images), "val": str(options.images), "classes": str(options.classes)}
     images, labels = datasets.load_dataset("folder", **paths, preprocessing=pre).split("train").read()
     forward = jax.jit(lambda p, m, x: jax.nn.log_softmax(vit.forward(dims, p, x, m).mean(1)))

@@ -13,10 +13,11 @@ from PIL import Image
 
 from nvit_jax import load_model
 from nvit_jax.data.augment import RandAugment, TrainCrop
-from nvit_jax.data.datasets import Loading, Preprocessing, Split, load_dataset
+from nvit_jax.data.datasets import Loading, Split, load_dataset
 from nvit_jax.data.pipeline import eval_batches, train_stream
 from nvit_jax.data.sources import Arrays
 from nvit_jax.errors import UserError
+from nvit_jax.model.preprocessing import Preprocessing
 
 PRE = Preprocessing(16, 255.0, (0.5,) * 3, (0.5,) * 3, 18, "bicubic")
 VIEW = TrainCrop(16, 3, (128,) * 3, rand_augment=RandAugment())

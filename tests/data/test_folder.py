@@ -8,12 +8,12 @@ from conftest import ROOT, call, random_params, read
 from PIL import Image
 
 from nvit_jax import save_model
-from nvit_jax.data.datasets import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_dataset
-from nvit_jax.data.images import resize_crop
+from nvit_jax.data.datasets import load_dataset
 from nvit_jax.data.sources import held_out, labels_of
 from nvit_jax.errors import UserError
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model
+from nvit_jax.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, resize_crop
 
 CONFIG = str(ROOT / "configs" / "checkpoint.py")
 SHARED = ROOT.parent / "shared"

@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 from nvit_jax.data import augment
 from nvit_jax.data.augment import OPERATIONS, Draw, RandAugment, TrainCrop, crop_box
-from nvit_jax.data.images import BadImage, open_image, resize_crop, training_view
+from nvit_jax.data.images import training_view
 from nvit_jax.errors import UserError
+from nvit_jax.model.preprocessing import BadImage, open_image, resize_crop
 
 FILL = (124, 116, 104)
 VIEW = TrainCrop(64, 3, FILL)

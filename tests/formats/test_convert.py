@@ -1,7 +1,5 @@
 """Converted weights compute what PyTorch computes, for every layout: logits, every block, and the way back."""
 
-import pathlib
-
 import flax.linen as linen
 import jax
 import jax.numpy as jnp

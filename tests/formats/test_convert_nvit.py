@@ -13,7 +13,7 @@ from test_convert import IMAGES, SHARED, check_round_trip, save
 from nvit_jax.formats.convert import convert, verify_model
 from nvit_jax.model import vit
 from nvit_jax.model.masks import kept_dims
-from nvit_jax.pruning.reshape import reshape
+from nvit_jax.model.reshape import reshape
 
 WIDTHS = {"EMB": 20, "head": [2, 3, 1], "QK": [8, 4, 12], "V": [6, 8, 4], "MLP": [16, 40, 24]}
 

@@ -146,8 +146,8 @@ def test_a_table_for_another_model_or_setting_is_refused():
     for dims, batch, dtype, words in (
         (preset("deit_tiny", depth=4), 32, "float32", "t.json was measured for depth 3, this model has 4"),
         (preset("deit_tiny", depth=3, image=384), 32, "float32", "for image 224, this model has 384"),
-        (DIMS, 64, "float32", "at batch 32 in float32, the config says 64 in float32"),
-        (DIMS, 32, "bfloat16", "the config says 32 in bfloat16"),
+        (DIMS, 64, "float32", "at batch 32 in float32, and is asked for 64 in float32"),
+        (DIMS, 32, "bfloat16", "asked for 32 in bfloat16"),
         (preset("deit_small", depth=3), 32, "float32", "knows embed from 24 to 192, not 384|knows heads"),
     ):
         with pytest.raises(UserError, match=words):
@@ -163,7 +163,7 @@ def test_cells_that_did_not_fit_are_estimated_from_their_macs():
     for name in content["cells"]:
         if name.startswith("mlp"):
             content["cells"][name] = {"skipped": "needs 9 GiB"}
-    with pytest.raises(UserError, match="no mlp piece fits in memory at this batch; lower config.latency.batch"):
+    with pytest.raises(UserError, match="no mlp piece fits in memory at this batch; lower it"):
         LatencyTable(content)
 
 
@@ -205,12 +205,8 @@ class FakeDevice:
 def measure(known=None, keep=lambda records: None):
     return latency.measure_table(
         DIMS,
-        group_sizes("cpu"),
-        batch=32,
-        dtype="float32",
-        counts={"embed": 3, "heads": 3, "qk": 2, "v": 2, "mlp": 3},
-        models=5,
-        repeats=3,
+        latency.Grid(group_sizes("cpu"), {"embed": 3, "heads": 3, "qk": 2, "v": 2, "mlp": 3}, models=5),
+        timing.Measurement(batch=32, dtype="float32", repeats=3),
         known=known or {},
         keep=keep,
     )
@@ -259,8 +255,8 @@ def test_memory_is_checked_before_a_program_runs(monkeypatch):
     dims = small_dims()
     monkeypatch.setattr(timing, "free_bytes", lambda: 100)
     assert isinstance(timing.compile_pieces([(dims, "mlp")], 4, "float32")[0], timing.DoesNotFit)
-    with pytest.raises(UserError, match=r"config.latency.batch=4 does not fit on this device \(needs 0.00 GiB"):
-        timing.measure([dims], batch=4, dtype="float32", repeats=1)
+    with pytest.raises(UserError, match=r"batch=4 does not fit on this device \(needs 0.00 GiB"):
+        timing.measure([dims], timing.Measurement(batch=4, dtype="float32", repeats=1))
 
 
 def test_pieces_are_the_model(monkeypatch):

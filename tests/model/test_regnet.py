@@ -13,14 +13,14 @@ from sources import nchw
 
 import convert_deit_weights
 from nvit_jax import load_classifier, load_model, save_model
-from nvit_jax.data.datasets import Preprocessing
 from nvit_jax.errors import UserError
 from nvit_jax.formats import torch_regnet
 from nvit_jax.formats.convert import convert
+from nvit_jax.library.teachers import fit_teacher
 from nvit_jax.model.directory import Model, save_regnet
 from nvit_jax.model.groups import flatten
+from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.model.regnet import RegNet, RegNetDims, regnet_names, regnet_shapes
-from nvit_jax.run.stages.common import read_teacher
 from nvit_jax.training.losses import Objective, objective_loss
 
 SMALL = RegNetDims(widths=(16, 24), depths=(2, 3), group=8, stem=8, classes=5)
@@ -194,9 +194,9 @@ def test_a_teacher_sees_the_pixels_that_it_was_trained_with(tmp_path):
     own = Preprocessing(8, 255.0, (0.3,), (0.2,))
     model = Model(dims, random_params(dims, dtype=np.float32), info={"preprocessing": own.to_json()})
     save_model(tmp_path / "teacher", model)
-    teacher = read_teacher(str(tmp_path / "teacher"), "finetune.teacher", dims, student)
+    teacher = fit_teacher(load_classifier(tmp_path / "teacher"), dims, student)
     raw = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1))
     found = teacher.logits(teacher.params, student(raw))
     assert np.abs(np.asarray(found) - np.asarray(model.apply(model.params, own(raw)))).max() <= 1e-4
     with pytest.raises(UserError, match="tells 5 classes"):
-        read_teacher(str(tmp_path / "teacher"), "finetune.teacher", small_dims(classes=6), student)
+        fit_teacher(load_classifier(tmp_path / "teacher"), small_dims(classes=6), student)

@@ -197,7 +197,7 @@ def test_head_groups_of_two_need_six_heads():
         ({"macs_ratio": 1.5}, r"must be in \(0, 1\]"),
         ({"macs_ratio": -0.5}, r"must be in \(0, 1\]"),
         ({"latency_ms": 0.0}, "must be > 0"),
-        ({"latency_ratio": 0.5}, "run the latency stage first"),
+        ({"latency_ratio": 0.5}, "latency_ratio needs a latency model"),
         ({"macs_ratio": None, "params": None}, "set at least one of macs_ratio, params"),
         ({"energy_ratio": 0.5}, "unknown target"),
     ],
@@ -228,12 +228,12 @@ def test_a_target_below_the_floors_names_the_smallest_reachable():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"align": "none"}, "prune.align"),
-        ({"rule": "best"}, "prune.rule"),
+        ({"align": "none"}, "align='none' is not one of per_head, shared"),
+        ({"rule": "best"}, "rule='best' is not one of"),
         ({"rule": "eta"}, "needs a latency model"),
         ({"kinds": ("mlp", "token")}, "unknown kind 'token'"),
-        ({"floors": ONES | {"qk": 0}}, "floor of qk"),
-        ({"sizes": ONES | {"v": 0}}, "group of v"),
+        ({"floors": ONES | {"qk": 0}}, "floors: qk is 0"),
+        ({"sizes": ONES | {"v": 0}}, "profile: v is 0"),
     ],
 )
 def test_bad_policies_are_refused(changes, words):

@@ -12,12 +12,14 @@ from conftest import ROOT, call, read
 
 from nvit_jax import load_model
 from nvit_jax.errors import UserError
+from nvit_jax.latency.released import ReleasedTable
 from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params, preset, revit
 from nvit_jax.model.masks import full_masks, kept_dims
 from nvit_jax.pruning import released, saliency
 from nvit_jax.pruning.ranking import group_sizes
 from nvit_jax.run.config import check_config
-from nvit_jax.run.workdir import STOP, StageDir, read_lines
+from nvit_jax.run.workdir import STOP, StageDir
+from nvit_jax.training.monitor import read_lines
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference numbers lie beside the checkout only")
@@ -46,7 +48,7 @@ def units(flat) -> Units:
 
 @pytest.fixture(scope="module")
 def table():
-    return released.ReleasedTable.read(GOLDEN / "latency_head.json")
+    return ReleasedTable.read(GOLDEN / "latency_head.json")
 
 
 @needs_golden
@@ -77,7 +79,7 @@ def test_a_damaged_table_is_refused(tmp_path):
         change(content)
         (tmp_path / "t.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=words):
-            released.ReleasedTable.read(tmp_path / "t.json")
+            ReleasedTable.read(tmp_path / "t.json")
 
 
 @needs_golden
@@ -230,7 +232,7 @@ def test_the_configs_say_what_the_paper_says(name):
             check_config(c)
         c.prune.teacher = c.finetune.teacher = "regnety_160"
     check_config(c)
-    needed = ("Ours: not run", f"configs/{name}.py", "Published: ", "Hardware", "Expected time, computed", "top-1")
+    needed = ("Ours: not run", f"--config {name} ", "Published: ", "Hardware", "Expected time, computed", "top-1")
     assert all(words in module.__doc__ for words in needed)
     if name.startswith("nvit"):
         ratios = (*c.prune.snapshots, c.prune.target.latency_ratio)

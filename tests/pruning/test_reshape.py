@@ -13,7 +13,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import KINDS, ViTDims, count_params
 from nvit_jax.model.groups import AXES, axes_of, expand, flatten
 from nvit_jax.model.masks import full_masks
-from nvit_jax.pruning.reshape import reshape
+from nvit_jax.model.reshape import reshape
 
 # 1e-10 in float64 proves the equality; in float32 the sums run in another order, 1e-5 of the largest logit is
 # about 100 units in the last place.

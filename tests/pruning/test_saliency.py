@@ -14,7 +14,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import KINDS, Units
 from nvit_jax.model.masks import full_masks
 from nvit_jax.pruning import saliency
-from nvit_jax.pruning.loop import make_score_step
+from nvit_jax.pruning.scoring import Scoring
 from nvit_jax.training.losses import Objective, draw_labels, objective_loss
 
 DIMS = small_dims(dist_token=True)
@@ -276,9 +276,9 @@ def test_non_finite_scores_name_the_unit():
 def test_scores_that_would_all_be_zero_are_refused():
     for name in ("taylor", "fisher"):
         with pytest.raises(UserError, match="no gradient"):
-            make_score_step(DIMS, name, saliency.criterion(name), "kl", Objective())
+            Scoring(criterion=name, loss="kl")
     with pytest.raises(UserError, match="drawn"):
-        make_score_step(DIMS, "hvp", saliency.criterion("hvp"), "entropy", Objective())
+        Scoring(criterion="hvp", loss="entropy")
     with pytest.raises(UserError, match="unknown criterion"):
         saliency.criterion("hessian")
     with pytest.raises(UserError, match="probing scheme"):

@@ -1,5 +1,7 @@
 """Losses, optimizer rules, and the pruning loop's own arithmetic."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,12 @@ from nvit_jax.model.groups import expand, flatten
 from nvit_jax.model.masks import full_masks, kept_dims
 from nvit_jax.parallel import Parallel
 from nvit_jax.pruning import saliency
-from nvit_jax.pruning.loop import Plan, make_score_step, new_prune_state, prune_loop
+from nvit_jax.pruning.loop import Plan, Task, new_prune_state, prune_loop
 from nvit_jax.pruning.ranking import Ranking, Target
+from nvit_jax.pruning.scoring import Scoring, make_score_step
 from nvit_jax.training import distill, optim
 from nvit_jax.training.losses import Objective, cross_entropy, kl_nvit, objective_loss
+from nvit_jax.training.monitor import Monitor
 
 
 def softmax(x):
@@ -100,13 +104,13 @@ def test_ema_rises_to_its_decay():
 
 def test_gradual_targets_fall_along_a_cubic_and_end_at_the_target():
     target = Target("macs_ratio", lambda d: 0.0, 50.0, 100.0)
-    plan = Plan(mode="gradual", steps=4)
+    plan = Plan(method="gradual", steps=4)
     limits = [plan.targets(i, [target])[0].limit for i in range(5)]
     assert limits == pytest.approx([50 + 50 * 0.75**3, 50 + 50 * 0.5**3, 50 + 50 * 0.25**3, 50, 50])
-    assert Plan(mode="iterative", groups_per_step=3).max_groups == 3
-    assert Plan(mode="one_shot").targets(0, [target]) == [target]
-    with pytest.raises(UserError, match="prune.mode"):
-        Plan(mode="magic")
+    assert Plan(method="iterative", groups_per_step=3).max_groups == 3
+    assert Plan(method="one_shot").targets(0, [target]) == [target]
+    with pytest.raises(UserError, match="method='magic' is not one of"):
+        Plan(method="magic")
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -131,21 +135,11 @@ def test_the_loop_averages_scores_and_trains_between_prunings(reset):
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     begin = distill.new_state(random_params(dims, dtype=np.float32), optimizer, 0, masks=full)
     target = Target("mlp", lambda d: float(sum(d.mlp)), 2 * dims.mlp[0] - 8.0, 0.0)  # four prunings of 2 neurons
-    lines = []
-    state = prune_loop(
-        new_prune_state(begin),
-        dims=dims,
-        plan=Plan(mode="iterative", warmup=5, interval=3, ema=0.9, reset_scores=reset),
-        rank=rank,
-        targets=[target],
-        score=score,
-        train=train,
-        monitor=Recorder(),
-        evaluate=lambda s: {},
-        predict_ms=None,
-        record=lines.append,
-    )
-    assert asked == [(0, 5), (1, 8), (2, 11), (3, 14)] and [line["step"] for line in lines] == [5, 8, 11, 14]
+    work = types.SimpleNamespace(score=score, train=train, evaluate=lambda s: {}, pruned=lambda pruning: None)
+    plan = Plan(method="iterative", warmup=5, interval=3, ema=0.9, reset_scores=reset)
+    monitor = Recorder()
+    state = prune_loop(new_prune_state(begin), Task(dims, plan, [target], rank), work, monitor)
+    assert asked == [(0, 5), (1, 8), (2, 11), (3, 14)] and [line["step"] for line in monitor.prunings] == [5, 8, 11, 14]
     second = (0.0 if reset else 0.9 * 1) + 0.1 * 10
     third = 0.9 * second + 0.1 * 100
     assert seen == pytest.approx([1, second, third, 0.9 * third + 0.1 * 1000])
@@ -162,7 +156,7 @@ def test_pruning_steps_do_not_recompile():
         return saliency.hvp(*arguments, **options)
 
     parallel = Parallel.create("jit", tuple(jax.devices()[:1]))
-    step = parallel.compile(make_score_step(dims, "hvp", counting, "kl", Objective()))
+    step = parallel.compile(make_score_step(dims, Scoring(criterion="hvp", loss="kl"), Objective(), criterion=counting))
     params = random_params(dims, dtype=np.float32)
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     batch = {"image": random_images(dims, dtype=np.float32), "label": np.zeros(3, np.int32)}
@@ -176,11 +170,12 @@ def test_pruning_steps_do_not_recompile():
     assert len(traces) == 1
 
 
-class Recorder:
-    """A monitor that keeps what it is told."""
+class Recorder(Monitor):
+    """Keeps what it is told."""
 
     def __init__(self, stop_at=None):
-        self.lines, self.saves, self.step, self.stop_at = [], [], 0, stop_at
+        super().__init__()
+        self.lines, self.prunings, self.saves, self.step, self.stop_at = [], [], [], 0, stop_at
 
     @property
     def stopping(self):
@@ -192,11 +187,11 @@ class Recorder:
     def save(self, step, state):
         self.saves.append(step)
 
-    def advance(self, step, text):
-        self.step = step
+    def history(self, line):
+        self.prunings.append(line)
 
-    def waited(self, seconds):
-        self.seconds = getattr(self, "seconds", 0.0) + seconds
+    def advance(self, step, text="", total=None):
+        self.step = step
 
 
 def fake_step(losses):

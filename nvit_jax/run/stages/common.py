@@ -1,29 +1,28 @@
-"""What the stages share: what one is handed, where it finds its inputs, and the section-driven training loop."""
+"""What the stages share: what one is handed, where it finds its inputs, what config sections mean to the library."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 import nvit_jax
 from nvit_jax.data import datasets
-from nvit_jax.data.augment import RandAugment, TrainCrop
-from nvit_jax.data.mixing import Mixing, prepare
-from nvit_jax.data.pipeline import Stream, eval_batches, train_stream
-from nvit_jax.errors import UserError
-from nvit_jax.model import vit
+from nvit_jax.data.augmentation import Augment
+from nvit_jax.data.datasets import Dataset
+from nvit_jax.errors import UserError, renamed
+from nvit_jax.library.recipe import Recipe
+from nvit_jax.library.teachers import fit_teacher
 from nvit_jax.model.dims import ViTDims, preset
 from nvit_jax.model.directory import Model, load_classifier, load_model
+from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.model.regnet import Teacher
-from nvit_jax.parallel import Parallel, sum_over_processes
-from nvit_jax.pruning.reshape import reshape
+from nvit_jax.parallel import sum_over_processes
+from nvit_jax.run.config import STAGES
 from nvit_jax.run.workdir import StageDir
-from nvit_jax.training.evaluate import evaluate, make_eval_step
+from nvit_jax.training.losses import Objective
 
 
 @dataclasses.dataclass
@@ -35,7 +34,11 @@ class Run:
     workdir: pathlib.Path
 
     def other(self, name: str) -> StageDir:
+        """Another stage of the run."""
         return StageDir(self.workdir, name)
+
+
+# --------------------------------------------------------------------------------------------- inputs
 
 
 def dims_from_config(vit: ConfigDict) -> ViTDims:
@@ -52,7 +55,13 @@ def dims_from_config(vit: ConfigDict) -> ViTDims:
 def dense_dir(run: Run) -> pathlib.Path:
     """The model to prune: config.model, else what pretrain made."""
     if run.config.model:
-        return pathlib.Path(run.config.model)
+        place = pathlib.Path(run.config.model)
+        if place.is_file():
+            raise UserError(
+                f"config.model={place} is a checkpoint file; convert it first: nvit-jax convert {place} MODEL_DIR, "
+                "then --config.model=MODEL_DIR"
+            )
+        return place
     if not run.other("pretrain").done():
         raise UserError(
             f"{run.stage.name} needs a model and {run.workdir / 'pretrain'} holds no finished one: "
@@ -66,10 +75,7 @@ def dense_model(run: Run) -> Model:
     model = load_model(dense_dir(run))
     if not model.dims.classes:
         raise UserError(f"{dense_dir(run)} has no classifier; convert it with --classes N and train it")
-    if model.masks is None:
-        return model
-    dims, params = reshape(model.params, model.masks, model.dims)
-    return Model(dims, params, info=model.info)
+    return model.compact()
 
 
 def need(run: Run, name: str) -> StageDir:
@@ -80,12 +86,12 @@ def need(run: Run, name: str) -> StageDir:
     return stage
 
 
-def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) -> datasets.Dataset:
+def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) -> Dataset:
     """The configured source, checked against the model; preprocessed as a trained model's `info` says."""
     facts = (info or {}).get("preprocessing")
-    preprocessing = None if facts is None else datasets.Preprocessing.from_json(facts)
+    preprocessing = None if facts is None else Preprocessing.from_json(facts)
     if preprocessing is None and (run.config.data.name == "folder" or run.config.data.name.startswith("tfds:")):
-        preprocessing = datasets.Preprocessing.imagenet(dims.image)
+        preprocessing = Preprocessing.imagenet(dims.image)
     where = run.config.data.to_dict()
     loading = datasets.Loading(
         where.pop("workers"), where.pop("threads"), where.pop("max_bad_fraction"), jax.process_count()
@@ -102,108 +108,12 @@ def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) ->
     return dataclasses.replace(dataset, preprocessing=preprocessing)
 
 
-def compute_dtype(config: ConfigDict) -> Any:
-    """Of training and evaluation."""
-    return jnp.dtype(config.dtype)
-
-
-def evaluator(
-    dims: ViTDims,
-    dataset: datasets.Dataset,
-    split: str,
-    parallel: Parallel,
-    batch: int,
-    dtype: Any,
-    count: int | None = None,
-    advance: Callable[[int], None] = lambda images: None,
-    report: Callable[[str], None] | None = None,
-) -> Callable[[Any, Any], dict[str, Any]]:
-    """(params, masks) -> top1, top5, loss, images on one split, or on `count` images of it.
-
-    `advance` is told how many images are done, `report` which could not be read.
-    """
-    chosen, pre = dataset.split(split).some(count), dataset.preprocessing
-    batch = -(-min(batch, len(chosen)) // len(parallel.devices)) * len(parallel.devices)
-    step = make_eval_step(lambda s, images: vit.forward(dims, s[0], pre(images), s[1], dtype=dtype), parallel)
-
-    def run(params: Any, masks: Any) -> dict[str, Any]:
-        batches = eval_batches(chosen, batch, parallel.local_rows(batch), report)
-        return evaluate(step, (params, masks), batches, advance)
-
-    return run
-
-
-def count_bad(dataset: datasets.Dataset) -> int:
+def count_bad(dataset: Dataset) -> int:
     """Images that could not be read, of all splits and processes."""
     return sum_over_processes(sum(len(split.bad) for split in dataset.splits.values()))
 
 
-def cost(stage: StageDir, seconds: float, images: int) -> dict[str, Any]:
-    """For metrics.json: what a training loop of this process took, evaluations included."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "loop_seconds": seconds,
-        "images_per_second": images / max(seconds, 1e-9),
-        "input_wait": stage.input_wait / max(seconds, 1e-9),  # the part in which the device had no images
-        "peak_memory_bytes": stats.get("peak_bytes_in_use"),  # of the first device, None where it does not tell
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """config.augment for one data set: what workers do to an image, and what the device does to a batch."""
-
-    pixels: TrainCrop | None
-    mixing: Mixing
-    repeats: int
-    pre: datasets.Preprocessing
-    parallel: Parallel
-
-    def stream(self, split: datasets.Split, batch: int, seed: tuple[int, ...], report: Callable[[str], None]) -> Stream:
-        """Training batches of this process."""
-        rows = self.parallel.local_rows(batch)
-        stream = train_stream(split, batch, seed, rows, pixels=self.pixels, repeats=self.repeats)
-        stream.report = report
-        return stream
-
-    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A training step, for raw images."""
-        p = self.parallel
-        seen = self.mixing.shards // len(p.devices) if p.backend == "pmap" else None
-        return p.compile(prepare(self.pre, step, self.mixing, seen), trains=True)
-
-    def compile_plain(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step on images as evaluated, for raw images."""
-        return self.parallel.compile(prepare(self.pre, step))
-
-
-def augmentation(run: Run, dataset: datasets.Dataset, parallel: Parallel) -> Augmentation:
-    """UserError for images that cannot be augmented and shards that pmap's devices cannot keep."""
-    a, pre = run.config.augment, dataset.preprocessing
-    mixing = Mixing(a.mixup, a.cutmix, a.switch, a.erasing, a.mixup_shards)
-    if parallel.backend == "pmap" and (a.mixup or a.cutmix) and a.mixup_shards % len(parallel.devices):
-        raise UserError(
-            f"config.augment.mixup_shards={a.mixup_shards}: pmap mixes within devices; set a multiple of "
-            f"{len(parallel.devices)}"
-        )
-    if a.crop is None:
-        return Augmentation(None, mixing, a.repeats, pre, parallel)
-    if pre.scale != 255:
-        raise UserError(f"config.augment.crop={a.crop}: images of 0..255 are needed, these are 0..{pre.scale:g}")
-    pixels = TrainCrop(
-        size=pre.size,
-        channels=len(pre.mean),
-        fill=tuple(round(255 * m) for m in pre.mean),
-        scale=(a.crop, 1.0),
-        flip=a.flip,
-        rand_augment=RandAugment.parse(a.rand_augment) if a.rand_augment else None,
-        jitter=a.color_jitter,
-        fast=a.fast_decode,
-    )
-    return Augmentation(pixels, mixing, a.repeats, pre, parallel)
-
-
-def model_info(dataset: datasets.Dataset, variant: str | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def model_info(dataset: Dataset, variant: str | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What model.json says beside the dims; `variant` is the preset the model comes from, if any."""
     return {
         "variant": variant,
@@ -213,41 +123,69 @@ def model_info(dataset: datasets.Dataset, variant: str | None, provenance: Mappi
     }
 
 
-def matmul_precision(config: ConfigDict) -> Any:
-    """Context of training; saliency has its own."""
-    return jax.default_matmul_precision(config.matmul_precision)
+# ------------------------------------------------------------------------- sections, in the library's words
 
 
-@dataclasses.dataclass(frozen=True)
-class _Renormalised:
-    """A teacher that expects its own mean and std, on images normalised with the student's."""
+def keys_of(section: str) -> Any:
+    """Context: errors of the library about the arguments that a section sets speak of its keys."""
+    names = {
+        field.name: f"config.{section}.{field.name}"
+        for field in dataclasses.fields(Recipe)
+        if field.name not in ("dtype", "matmul_precision", "parallel", "seed")
+    }
+    names |= {"batch / accumulate": f"config.{section}.batch / accumulate"}
+    names |= {"evaluate_every": f"config.{section}.eval_every", "loss": f"config.{section}.score.loss"}
+    names |= {key: f"config.{key}" for key in ("dtype", "matmul_precision", "parallel", "seed")}
+    names |= {f"augment.{field.name}": f"config.augment.{field.name}" for field in dataclasses.fields(Augment)}
+    names |= {"latency_table": "config.latency.table", "label_teacher": f"config.{section}.teacher"}
+    return renamed(names)
 
-    teacher: Teacher
-    factor: np.ndarray
-    offset: np.ndarray
 
-    @property
-    def params(self) -> Any:
-        return self.teacher.params
-
-    def logits(self, params: Any, images: jax.Array, dtype: Any = None) -> jax.Array:
-        return self.teacher.logits(params, images * self.factor + self.offset, dtype)
+def augment_of(config: ConfigDict) -> Augment:
+    """config.augment."""
+    return Augment(**config.augment.to_dict())
 
 
-def read_teacher(directory: str, key: str, dims: ViTDims, preprocessing: datasets.Preprocessing) -> Teacher:
-    """Read a classifier and fit it to the student's images. UserError when its classes or sizes are others."""
-    model = load_classifier(directory)
-    if model.dims.classes != dims.classes or model.dims.channels != dims.channels:
-        raise UserError(
-            f"{key}={directory} tells {model.dims.classes} classes on {model.dims.channels} channels, "
-            f"the model {dims.classes} on {dims.channels}"
-        )
-    if isinstance(model.dims, ViTDims) and model.dims.image != dims.image:
-        raise UserError(f"{key}={directory} reads images of {model.dims.image} pixels, not {dims.image}")
-    own = datasets.Preprocessing.from_json(model.info.get("preprocessing", {}))
-    # (x / scale_t - mean_t) / std_t, with x / scale = student * std + mean
-    ratio = preprocessing.scale / own.scale
-    std, mean = np.array(preprocessing.std, np.float32), np.array(preprocessing.mean, np.float32)
-    factor = ratio * std / np.array(own.std, np.float32)
-    offset = (ratio * mean - np.array(own.mean, np.float32)) / np.array(own.std, np.float32)
-    return _Renormalised(model, factor.astype(np.float32), offset.astype(np.float32))
+def teacher_of(config: ConfigDict, section: str, dims: ViTDims, preprocessing: Preprocessing) -> Teacher | None:
+    """The classifier config.<section>.teacher, fitted to the student's images. UserError when it does not fit."""
+    directory = config[section].teacher
+    if not directory:
+        return None
+    with renamed({"label_teacher": f"{section}.teacher={directory}"}):
+        return fit_teacher(load_classifier(directory), dims, preprocessing)
+
+
+def recipe_of(config: ConfigDict, section: str, objective: Objective, teacher: Teacher | None) -> Recipe:
+    """What pretrain, prune and finetune say of a training."""
+    s = config[section]
+    values: dict[str, Any] = {key: s[key] for key in _SHARED}
+    if section == "prune":
+        values["evaluate_every"] = 0
+    else:
+        values |= {key: s[key] for key in _FULL} | {"evaluate_every": s.eval_every}
+    return Recipe(
+        objective=objective,
+        label_teacher=teacher,
+        augment=augment_of(config),
+        dtype=config.dtype,
+        matmul_precision=config.matmul_precision,
+        parallel=config.parallel,
+        sparsity=s.sparsity if section == "finetune" else None,
+        seed=config.seed,
+        stream=STAGES.index(section),
+        **values,
+    )
+
+
+_SHARED = (
+    "batch",
+    "accumulate",
+    "remat",
+    "learning_rate",
+    "weight_decay",
+    "clip_norm",
+    "drop_path",
+    "log_every",
+    "save_every",
+)
+_FULL = ("epochs", "learning_rate_batch", "warmup_epochs", "final_learning_rate", "dropout", "ema", "keep")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from nvit_jax.formats import export
+from nvit_jax.errors import renamed
+from nvit_jax.library.export import export
 from nvit_jax.model.directory import load_model
 from nvit_jax.run.stages.common import Run, dense_model
 
@@ -12,5 +13,6 @@ def export_last(run: Run) -> dict[str, Any]:
     name = next((n for n in ("finetune", "prune") if run.other(n).done()), "")
     model = load_model(run.workdir / name / "model") if name else dense_model(run)
     c = run.config.export
-    files = export.export_model(model, run.stage.path, tuple(c.formats), tuple(c.dtypes), run.stage.say)
+    with renamed({"formats": "config.export.formats", "dtypes": "config.export.dtypes"}):
+        files = export(model, run.stage.path, tuple(c.formats), tuple(c.dtypes), say=run.stage.say)
     return {"model": name or "dense", "files": files, "seconds": run.stage.seconds()}

@@ -1,20 +1,27 @@
 """latency, eval and report: what a model costs on this device, how good it is, and the page that says so."""
 
-import functools
+import dataclasses
 from typing import Any
 
+from nvit_jax.data.datasets import Dataset
+from nvit_jax.errors import renamed
 from nvit_jax.files import read_json, write_json
 from nvit_jax.latency import table as latency
 from nvit_jax.latency import timing
-from nvit_jax.model.dims import count_macs, count_params
-from nvit_jax.model.directory import load_model
-from nvit_jax.parallel import Parallel, is_main, wait_for_all
+from nvit_jax.latency.table import Grid, LatencyTable
+from nvit_jax.latency.timing import Time
+from nvit_jax.library.evaluate import evaluate
+from nvit_jax.model.dims import ViTDims, count_macs, count_params
+from nvit_jax.model.directory import Model, load_model
+from nvit_jax.parallel import is_main, wait_for_all
 from nvit_jax.pruning import sparsity
 from nvit_jax.pruning.ranking import group_sizes
 from nvit_jax.run import report
 from nvit_jax.run.stages import rules
-from nvit_jax.run.stages.common import Run, compute_dtype, count_bad, dense_model, evaluator, load_data, need
+from nvit_jax.run.stages.common import Run, count_bad, dense_model, load_data, need
 from nvit_jax.training.distill import Stopped
+
+_BATCH = {"batch": "config.latency.batch"}
 
 
 def measure_latency(run: Run) -> dict[str, Any]:
@@ -36,51 +43,78 @@ def measure_latency(run: Run) -> dict[str, Any]:
         if run.stage.stopping:
             raise Stopped("stopped while measuring latency")
 
-    with run.stage.progress(1, len(known)):
+    with run.stage.progress(1, len(known), unit="piece"), renamed(_BATCH):
         values = latency.measure_table(
             dims,
-            group_sizes(c.prune.profile),
-            batch=c.latency.batch,
-            dtype=c.dtype,
-            counts=dict(c.latency.widths),
-            models=c.latency.models,
-            repeats=c.latency.repeats,
+            Grid(group_sizes(c.prune.profile), dict(c.latency.widths), c.latency.models),
+            rules.measurement(c),
             known=known,
             keep=keep,
             advance=lambda done, total: run.stage.advance(done, "", total),
         )
-    table = latency.LatencyTable(values)
+        found = LatencyTable(values)
     write_json(place / "table.json", values)
+    return _table_result(run, values, found)
+
+
+def _table_result(run: Run, values: dict[str, Any], found: LatencyTable) -> dict[str, Any]:
+    """metrics.json of the latency stage, and its line."""
     left_out = latency.skipped(values)
     for line in left_out:
         run.stage.say(f"warning: does not fit in memory, estimated from its MACs: {line}")
-    dense = values["models"][0]
+    spread = latency.spread([*values["cells"].values(), *values["models"]])
     run.stage.say(
-        f"{len(values['cells'])} pieces and {len(values['models'])} models at batch {c.latency.batch} on "
-        f"{table.device}, spread {latency.spread([*values['cells'].values(), *values['models']]):.1%}, error on models "
-        + (f"left out {table.leave_one_out:.1%}, " if table.leave_one_out is not None else "not measured, ")
+        f"{len(values['cells'])} pieces and {len(values['models'])} models at batch {found.batch} on "
+        f"{found.device}, spread {spread:.1%}, error on models "
+        + (f"left out {found.leave_one_out:.1%}, " if found.leave_one_out is not None else "not measured, ")
         + f"{run.stage.seconds():.0f} s"
     )
+    names = ("attention", "mlp_and_rest", "ms_per_block_of_several_heads")
     return {
-        "dense_latency_ms": dense.get("ms"),
-        "predicted_dense_ms": table(dims),
-        "factors": dict(
-            zip(("attention", "mlp_and_rest", "ms_per_block_of_several_heads"), table.factors.tolist(), strict=True)
-        ),
-        "leave_one_out_error": table.leave_one_out,
-        "smoothing": table.disorder,
+        "dense_latency_ms": values["models"][0].get("ms"),
+        "predicted_dense_ms": found(found.dims),
+        "factors": dict(zip(names, found.factors.tolist(), strict=True)),
+        "leave_one_out_error": found.leave_one_out,
+        "smoothing": found.disorder,
         "cells": len(values["cells"]),
         "skipped": left_out,
         "seconds": run.stage.seconds(),
     }
 
 
+# --------------------------------------------------------------------------------------------------- eval
+
+
 def evaluate_models(run: Run) -> dict[str, Any]:
     """Accuracy, size and latency of every model of the run. Writes summary.json.
 
-    A model that an earlier evaluation has scored is not scored again; latency is measured side by side, each time.
+    A model that an earlier evaluation has scored is not scored again, and latencies that the prune stage has measured
+    are taken from there.
     """
     c = run.config
+    found, ids = _models(run)
+    dataset = load_data(run, found["dense"].dims, found["dense"].info)
+    known = _score(run, found, ids, dataset)
+    times = _times(run, {name: model.dims for name, model in found.items()})
+    write_json(run.stage.path / "latency.json", {name: time._asdict() for name, time in times.items()})
+    summary = {name: _row(run, model, known[name], times[name].ms) for name, model in found.items()}
+    write_json(run.workdir / "summary.json", summary)
+    last = list(found)[-1]
+    run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")
+    if is_main():
+        print(report.text_table(summary, {name: time.spread for name, time in times.items()}))
+    return summary[last] | {
+        "loss": known[last]["loss"],
+        "images_per_second": 1e3 * c.latency.batch / times[last].ms,
+        "device": timing.device_name(),
+        "dtype": c.dtype,
+        "calibration_overlap": dataset.overlap > 0,
+        "bad_images": count_bad(dataset),
+    }
+
+
+def _models(run: Run) -> tuple[dict[str, Model], dict[str, str]]:
+    """The models of the run, and ids that change when they do."""
     inputs = (run.stage.record() or {})["inputs"]  # ids of what this stage reads
     found, ids = {"dense": dense_model(run)}, {"dense": inputs.get("model") or inputs["pretrain"]}
     places = {"pruned": run.workdir / "prune" / "model", "finetuned": run.workdir / "finetune" / "model"}
@@ -89,62 +123,57 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     for name, stage in (("pruned", "prune"), ("finetuned", "finetune")):
         if run.other(stage).done():
             found[name], ids[name] = load_model(places[name]), f"{inputs[stage]} {places[name].parent.name}"
-    dataset = load_data(run, found["dense"].dims, found["dense"].info)
-    parallel = Parallel.create(c.parallel)
-    known_path = run.stage.path / "scores.json"
-    known = read_json(known_path) if known_path.exists() else {}
-    images = len(dataset.split(c.eval.split))
-    todo = [name for name in found if known.get(name, {}).get("id") != ids[name]]
+    return found, ids
 
-    def advance(before: int, done: int) -> None:
-        run.stage.advance(before + done, "")
-        if run.stage.stopping:  # what is scored is kept
-            raise Stopped("stopped while evaluating")
 
-    with run.stage.progress(images * len(todo)):
-        for number, name in enumerate(todo):
-            score = evaluator(
-                found[name].dims,
-                dataset,
-                c.eval.split,
-                parallel,
-                c.eval.batch,
-                compute_dtype(c),
-                advance=functools.partial(advance, number * images),
-                report=run.stage.warn,
-            )
-            known[name] = {"id": ids[name]} | score(parallel.place(found[name].params), None)
-            write_json(known_path, known)
-    times = timing.measure(
-        [m.dims for m in found.values()], batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats
-    )
-    summary, last = {}, {}
-    for (name, model), ms in zip(found.items(), times, strict=True):
-        scores = known[name]
-        summary[name] = {
-            "top1": scores["top1"],
-            "top5": scores["top5"],
-            "params": count_params(model.dims),
-            "macs": count_macs(model.dims),
-            "latency_ms": ms,
-            "latency_batch": c.latency.batch,
-            "images": scores["images"],
-        }
-        if "sparsity" in model.info:
-            summary[name]["nonzero_params"] = sparsity.count_nonzero(model.params)
-        last = summary[name] | {
-            "loss": scores["loss"],
-            "images_per_second": 1e3 * c.latency.batch / ms,
-            "device": timing.device_name(),
-            "dtype": c.dtype,
-            "calibration_overlap": dataset.overlap > 0,
-            "bad_images": count_bad(dataset),
-        }
-    write_json(run.workdir / "summary.json", summary)
-    run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")
-    if is_main():
-        print(report.text_table(summary))
-    return last
+def _score(run: Run, found: dict[str, Model], ids: dict[str, str], dataset: Dataset) -> dict[str, Any]:
+    """Accuracies by name. What is scored is kept at once, so that a stopped evaluation loses none."""
+    c, path = run.config, run.stage.path / "scores.json"
+    known = read_json(path) if path.exists() else {}
+    with renamed({"batch": "config.eval.batch", "parallel": "config.parallel"}):
+        for name, model in found.items():
+            if known.get(name, {}).get("id") != ids[name]:
+                scores = evaluate(
+                    model,
+                    dataset.split(c.eval.split),
+                    batch=c.eval.batch,
+                    dtype=c.dtype,
+                    parallel=c.parallel,
+                    progress=run.stage,
+                )
+                known[name] = {"id": ids[name]} | scores
+                write_json(path, known)
+    return known
+
+
+def _times(run: Run, dims: dict[str, ViTDims]) -> dict[str, Time]:
+    """Latencies by name: those that the prune stage measured on this device in this way, else all anew, in turns."""
+    how = rules.measurement(run.config)
+    path = run.workdir / "prune" / "latency.json"
+    if run.other("prune").done() and path.exists():
+        known = read_json(path)
+        if (known["device"], known["how"]) == (timing.device_name(), dataclasses.asdict(how)):
+            by_dims = {ViTDims.from_json(m["dims"]): Time(m["ms"], m["spread"]) for m in known["models"].values()}
+            if all(one in by_dims for one in dims.values()):
+                return {name: by_dims[one] for name, one in dims.items()}
+    with renamed(_BATCH):
+        return dict(zip(dims, timing.measure(list(dims.values()), how), strict=True))
+
+
+def _row(run: Run, model: Model, scores: dict[str, Any], ms: float) -> dict[str, Any]:
+    """One model's R of summary.json."""
+    row = {
+        "top1": scores["top1"],
+        "top5": scores["top5"],
+        "params": count_params(model.dims),
+        "macs": count_macs(model.dims),
+        "latency_ms": ms,
+        "latency_batch": run.config.latency.batch,
+        "images": scores["images"],
+    }
+    if "sparsity" in model.info:
+        row["nonzero_params"] = sparsity.count_nonzero(model.params)
+    return row
 
 
 def make_report(run: Run) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from nvit_jax.data.pipeline import train_stream
-from nvit_jax.parallel import Parallel, is_main
+from nvit_jax.parallel import is_main
 from nvit_jax.run import report
-from nvit_jax.run.stages.common import Run, augmentation, dense_model, dims_from_config, load_data
+from nvit_jax.run.stages.common import Run, augment_of, dense_model, dims_from_config, keys_of, load_data
 
 _IMAGES, _VIEWS, _MIXED = 6, 6, 3
 
@@ -19,11 +19,13 @@ def preview_augmentation(run: Run) -> dict[str, Any]:
     model = dense_model(run) if c.model or run.other("pretrain").done() else None
     dims = model.dims if model else dims_from_config(c.vit)
     dataset = load_data(run, dims, model.info if model else None)
-    found = augmentation(run, dataset, Parallel.create("jit", tuple(jax.local_devices()[:1])))
     split, pre = dataset.split("train").some(_IMAGES), dataset.preprocessing
+    augment = augment_of(c)
+    with keys_of("pretrain"):
+        views_of = augment.pixels(pre)
     plain, labels = split.read()
     names = [dataset.classes[label] for label in labels]
-    pixels = found.pixels or split.pixels
+    pixels = views_of or split.pixels
     views = [
         [pixels(split.source.read(i)[0], np.random.default_rng((c.seed, i, view))) for view in range(_VIEWS)]
         for i in range(len(split))
@@ -34,9 +36,10 @@ def preview_augmentation(run: Run) -> dict[str, Any]:
     ]
     batch = train_stream(dataset.split("train"), min(8, len(dataset.split("train"))), (c.seed, 0), pixels=pixels)(0)
     batch["image"] = pre(batch["image"])
+    mixing = augment.mixing
     for step in range(_MIXED):
-        shards = len(batch["label"]) if len(batch["label"]) % found.mixing.shards else found.mixing.shards
-        mixed = jax.device_get(found.mixing(jax.random.key(c.seed), step, batch, shards))
+        shards = len(batch["label"]) if len(batch["label"]) % mixing.shards else mixing.shards
+        mixed = jax.device_get(mixing(jax.random.key(c.seed), step, batch, shards))
         share = float(mixed.get("label_share", 1.0))
         text = f"a batch after erasing, mixup and cutmix: labels count {share:.2f}, their partners' {1 - share:.2f}"
         raw = (mixed["image"] * np.array(pre.std) + np.array(pre.mean)) * pre.scale

@@ -1,87 +1,119 @@
-"""What the prune section of a config means: the criterion, the groups and their rule, and where latency comes from."""
+"""What the prune and latency sections of a config mean in the library's words."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nvit_jax.errors import UserError
-from nvit_jax.files import read_json
-from nvit_jax.latency import roofline, timing
-from nvit_jax.latency import table as latency
-from nvit_jax.model.dims import Units, ViTDims
-from nvit_jax.pruning import allocation, loop, ranking, released, saliency
-from nvit_jax.run.stages.common import Run
+from nvit_jax.errors import UserError, renamed
+from nvit_jax.latency.roofline import Roofline
+from nvit_jax.latency.sources import Latency, check_latency, of_another_device, read_latency
+from nvit_jax.latency.table import LatencyTable
+from nvit_jax.latency.timing import Measurement, device_name
+from nvit_jax.library.targets import NAMES, Choice, Limits
+from nvit_jax.model.dims import ViTDims
+from nvit_jax.pruning.loop import Plan
+from nvit_jax.pruning.scoring import Scoring
+from nvit_jax.run.stages.common import Run, keys_of
 
-_RELEASED_GROUP = 16  # units by which the released engine counts what one of its iterations removes
-_DISORDER = 0.1  # a change by smoothing that is worth a warning
+_DISORDER = 0.5  # a change by smoothing that is worth a warning: half of a cell
 
 
-def policy(p: ConfigDict, predict_ms: Callable[[ViTDims], float] | None) -> ranking.Policy:
-    """How units are grouped and compared."""
-    sizes = ranking.group_sizes(p.profile)
-    return ranking.Policy(
-        sizes=sizes,
-        floors=sizes if p.rule == "nvit" else dict(p.floors),  # the released engine keeps one group of each
+@contextlib.contextmanager
+def prune_keys() -> Iterator[None]:
+    """Errors of the library about a pruning speak of the config's keys."""
+    names = {ours: f"config.prune.target.{key}" for ours, key in NAMES.items()}
+    names |= {
+        "method": "config.prune.mode",
+        "protect": "config.prune.protected",
+        "criterion.batch": "config.prune.score.batch",
+    }
+    names |= {key: f"config.prune.score.{key}" for key in ("scheme", "chunk", "probes", "batches")}
+    names |= {key: f"config.prune.{key}" for key in ("criterion", "rule", "profile", "kinds", "floors", "align", "eta")}
+    names |= {key: f"config.prune.{key}" for key in ("interval", "steps", "groups_per_step")}
+    with keys_of("prune"), renamed(names):
+        yield
+
+
+def limits(p: ConfigDict, *, latency: bool) -> Limits:
+    """config.prune.target. UserError when nothing is asked for, and for a latency where no model of it is known."""
+    asked = {name: p.target[key] for name, key in NAMES.items()}
+    if all(value is None for value in asked.values()):
+        raise UserError("config.prune.target: set at least one of " + ", ".join(NAMES.values()))
+    found = Limits(**asked)
+    if found.need_latency and not latency:
+        key = NAMES["latency" if found.latency is not None else "max_ms"]
+        raise UserError(
+            f"config.prune.target.{key} needs a latency model: run --stage latency first, or set config.latency.table"
+        )
+    if p.rule in ("nvit", "eta") and not latency:
+        raise UserError(
+            f'prune.rule="{p.rule}" needs a latency model: run the latency stage, or set config.latency.table'
+        )
+    if p.snapshots and not latency:
+        raise UserError("prune.snapshots needs a latency model: run the latency stage, or set config.latency.table")
+    return found
+
+
+def choice(p: ConfigDict) -> Choice:
+    """Which units may go, in which groups, by which rule."""
+    return Choice(
+        rule=p.rule,
         kinds=tuple(p.kinds),
-        protected=tuple(p.protected),
+        protect=tuple(p.protected),
+        profile=p.profile,
+        floors=dict(p.floors),
         align=p.align,
-        rule="eta" if p.rule == "eta" else "per_cost",  # solve and nvit have their own
         eta=p.eta,
-        latency=predict_ms,
     )
 
 
-def ranker(
-    p: ConfigDict,
-    dims: ViTDims,
-    policy: ranking.Policy,
-    targets: list[ranking.Target],
-    plan: loop.Plan,
-    predict: Callable[[ViTDims], float] | None,
-) -> Callable[[Units, Units, int], ranking.Ranking]:
-    """(scores, masks, pruning) -> what is left, by the configured rule."""
-    if p.rule == "solve":
-        return lambda scores, masks, pruning: allocation.allocate(
-            scores, masks, dims, policy, plan.targets(pruning, targets)
-        )
-    if p.rule != "nvit":
-        return lambda scores, masks, pruning: ranking.rank(
-            scores, masks, dims, policy, plan.targets(pruning, targets), plan.max_groups
-        )
-    if predict is None:
-        raise UserError('prune.rule="nvit" needs a latency model: run the latency stage, or set config.latency.table')
-    return lambda scores, masks, pruning: released.rank(
-        scores,
-        masks,
-        dims,
-        policy.sizes,
-        targets,
-        predict,
-        eta=p.eta,
-        done=pruning,
-        per_iteration=_RELEASED_GROUP * plan.groups_per_step,
+def plan(p: ConfigDict) -> Plan:
+    """When prunings happen."""
+    return Plan(
+        method=p.mode,
+        interval=p.interval,
+        steps=p.steps,
+        groups_per_step=p.groups_per_step,
+        warmup=p.interval if p.plain_first else 0,
+        ema=p.ema,
+        reset_scores=p.reset_scores,
+        plain_first=p.plain_first,
     )
 
 
-def criterion(p: ConfigDict) -> Callable[..., Any]:
-    """The saliency criterion with its options."""
-    options: dict[str, Any] = {}
-    if p.criterion in ("hvp", "obd"):
-        options = {"scheme": p.score.scheme, "chunk": p.score.chunk, "probes": p.score.probes}
-    elif p.criterion == "taylor":
-        options = {"align": p.align}
-    return saliency.criterion(p.criterion, **options)
+def scoring(p: ConfigDict) -> Scoring:
+    """What a score is."""
+    s = p.score
+    return Scoring(
+        criterion=p.criterion,
+        loss=s.loss,
+        batch=s.batch,
+        batches=s.batches,
+        scheme=s.scheme,
+        chunk=s.chunk,
+        probes=s.probes,
+        align=p.align,
+        remat=s.remat,
+        from_training=s.from_training,
+    )
 
 
-LatencyModel = latency.LatencyTable | released.ReleasedTable | roofline.Roofline
+def measurement(c: ConfigDict) -> Measurement:
+    """How this run times models."""
+    return Measurement(batch=c.latency.batch, dtype=c.dtype, repeats=c.latency.repeats)
 
 
-def latency_model(run: Run, dims: ViTDims) -> LatencyModel | None:
-    """The roofline of the config, or config.latency.table (table.json of a latency stage, or the released NViT's
-    JSON), else this run's table."""
+def roofline_of(c: ConfigDict) -> Roofline:
+    """From config.latency.roofline, at latency.batch in config.dtype."""
+    r = c.latency.roofline
+    return Roofline(r.tflops, r.gbs, c.latency.batch, jnp.dtype(c.dtype).itemsize, r.tile)
+
+
+def latency_model(run: Run, dims: ViTDims) -> Latency | None:
+    """The roofline of the config, or config.latency.table, else this run's table; None when there is none."""
     c, given = run.config, run.config.latency.table
     if c.latency.roofline.tflops:
         estimate = roofline_of(c)
@@ -90,34 +122,20 @@ def latency_model(run: Run, dims: ViTDims) -> LatencyModel | None:
     if not given and not run.other("latency").done():
         return None
     path = pathlib.Path(given) if given else run.workdir / "latency" / "table.json"
-    values = read_json(path)
-    if isinstance(values, dict) and any(str(key).startswith("EMB_") for key in values):
-        found: latency.LatencyTable | released.ReleasedTable = _released_table(path, dims)
-    else:
-        found = latency.LatencyTable(values, str(path))
-        found.check_for(dims, c.latency.batch, c.dtype)
-    if found.disorder > _DISORDER:
+    found = read_table(path, dims, c)
+    if isinstance(found, LatencyTable) and found.disorder > _DISORDER:
         run.stage.say(
             f"warning: {path}: a wider piece is faster than a narrower one, smoothing would change a cell by "
             f"{found.disorder:.0%}; measure again on a quiet machine"
         )
-    if found.device != timing.device_name():
-        run.stage.say(f"warning: latency was measured on {found.device}, this is {timing.device_name()}")
+    if of_another_device(found):
+        run.stage.say(f"warning: latency was measured on {found.device}, this is {device_name()}")
     return found
 
 
-def roofline_of(c: ConfigDict) -> roofline.Roofline:
-    """From config.latency.roofline, at latency.batch in config.dtype."""
-    r = c.latency.roofline
-    return roofline.Roofline(r.tflops, r.gbs, c.latency.batch, jnp.dtype(c.dtype).itemsize, r.tile)
-
-
-def _released_table(path: pathlib.Path, dims: ViTDims) -> released.ReleasedTable:
-    found = released.ReleasedTable.read(path)
-    found(dims)  # a model outside of the table is refused here
-    if (dims.image, dims.patch, dims.depth) != (224, 16, 12):
-        raise UserError(
-            f"{path} was measured for 12 blocks at 224 pixels in patches of 16; this model has {dims.depth} at "
-            f"{dims.image} in patches of {dims.patch}"
-        )
+def read_table(path: pathlib.Path, dims: ViTDims, c: ConfigDict) -> Latency:
+    """A table that fits the model, the batch and the type of this run. UserError."""
+    found = read_latency(path)
+    with renamed({"latency_table": str(path)}):
+        check_latency(found, dims, c.latency.batch, c.dtype)
     return found

@@ -1,16 +1,26 @@
-"""What NViT-B, H, S and T share: the released pruning loop and finetuning. Not a config itself; see nvit_b.py.
+"""What several built-in configs share: NViT's pruning loop and finetuning, ReViT's training, and the check of variants.
 
-The expected times of their headers are computed, not measured. A training step costs 6 operations a MAC of the
-trained model and 2 of a teacher (DeiT-B 17.6 G, RegNetY-16GF 15.9 G); an H100 does 40 % of its 989 TFLOP/s in bfloat16.
-Finetuning to NViT-B: 300 * 1.28 M images * (6 * 6.8 + 2 * 33.5) GFLOP = 29 hours. Between two prunings lie 100 steps
-of 512, 22 s, whose gradients score; there are 2,616 runs of units, two go at a time, and half to all of 1,308 prunings
-are needed: 4 to 8 hours, and an assumed 3 s of each to evaluate and save. Reading 520 augmented images a second and
-core, 8 GPUs that prune want 36 cores, that finetune to NViT-B 57.
+The expected times in the headers of configs/nvit_*.py and revit_*.py are computed, not measured. A training step costs
+6 operations a MAC of the trained model and 2 of a teacher (DeiT-B 17.6 G, RegNetY-16GF 15.9 G); an H100 does 40 % of
+its 989 TFLOP/s in bfloat16. Finetuning to NViT-B: 300 * 1.28 M images * (6 * 6.8 + 2 * 33.5) GFLOP = 29 hours. Between
+two prunings lie 100 steps of 512, 22 s, whose gradients score; there are 2,616 runs of units, two go at a time, and
+half to all of 1,308 prunings are needed: 4 to 8 hours, and an assumed 3 s of each to evaluate and save. Reading 520
+augmented images a second and core, 8 GPUs that prune want 36 cores, that finetune to NViT-B 57.
 """
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from nvit_jax.errors import UserError, nearest
 from nvit_jax.run.config import default_config
+
+
+def check_variant(variant: str, known: Sequence[str]) -> None:
+    """UserError, with the nearest one, for a variant that a config does not know. "" is a config without one."""
+    if variant not in known:
+        names = [name for name in known if name]
+        raise UserError(f"unknown variant {variant!r}{nearest(variant, names)} (known: {', '.join(names)})")
 
 
 def _deit(c: ConfigDict) -> None:
@@ -21,7 +31,8 @@ def _deit(c: ConfigDict) -> None:
 
 
 def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
-    """Prune to the last of the latency ratios, with snapshots at the others."""
+    """Prune to the last of the latency ratios, with snapshots at the others. Variant: tiny."""
+    check_variant(variant, ("", "tiny"))
     c = default_config()
     c.stages = ("latency", "prune", "finetune", "eval", "report")
     c.data.name = "folder"
@@ -48,7 +59,8 @@ def nvit(ratios: tuple[float, ...], variant: str = "") -> ConfigDict:
 
 
 def revit(preset: str, variant: str = "") -> ConfigDict:
-    """Train redistributed dims from random weights, by DeiT's recipe."""
+    """Train redistributed dims from random weights, by DeiT's recipe. Variant: tiny."""
+    check_variant(variant, ("", "tiny"))
     c = default_config()
     c.stages = ("pretrain", "eval", "report")
     c.data.name = "folder"

@@ -1,0 +1,144 @@
+"""prune: score the units of a model, remove the ones that matter least, cut them out."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvit_jax.data.feed import make_feed
+from nvit_jax.errors import UserError
+from nvit_jax.latency.timing import Measurement
+from nvit_jax.library.arguments import checked, only_recipe
+from nvit_jax.library.benchmark import measure_latency
+from nvit_jax.library.pruner import Pruned, Pruner, Setup
+from nvit_jax.library.recipe import Loss, Recipe
+from nvit_jax.library.recording import open_monitor
+from nvit_jax.library.targets import Choice, Limits, find_latency, reachable_targets
+from nvit_jax.model.dims import KINDS
+from nvit_jax.model.directory import Model
+from nvit_jax.pruning.loop import Plan, Pruning
+from nvit_jax.pruning.rules import ranker
+from nvit_jax.pruning.scoring import Scoring
+from nvit_jax.training.losses import Objective
+from nvit_jax.training.monitor import Monitor
+
+
+@checked
+def prune(
+    model: Model,
+    batches: Any,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    max_macs: float | None = None,
+    max_params: float | None = None,
+    max_ms: float | None = None,
+    criterion: str | Scoring = "fisher",
+    method: str | Plan = "one_shot",
+    rule: str | Choice = "per_cost",
+    loss: Loss | None = None,
+    kinds: Sequence[str] = KINDS,
+    protect: Sequence[int] = (),
+    profile: str = "cpu",
+    floors: Mapping[str, int] | None = None,
+    latency_table: Any = None,
+    training: Recipe | None = None,
+    images: int | None = None,
+    batch: int | None = None,
+    evaluate_on: Any = None,
+    measure: int | Measurement | None = 32,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    progress: bool | Monitor = True,
+    callback: Callable[[Pruning], None] | None = None,
+) -> Pruned:
+    """A smaller dense model that costs at most what is asked for, and masks that tell what went.
+
+    Args:
+      batches: images to score with, and to train on between prunings; see the guide for what may be given.
+      macs, params, latency: what the small model may cost, as a ratio in (0, 1] to `model`.
+      max_macs, max_params, max_ms: the same as absolute numbers: an image's MACs, parameters, milliseconds of a batch
+        of the latency table. Every limit that is given holds in the end.
+      criterion: "fisher", "hvp", "obd", "taylor", "hvp_joint", "magnitude", "random", or a `nvit.Scoring`.
+      method: "one_shot" removes everything at once and trains nothing; "gradual" prunes in steps and trains between
+        them; "iterative" (NViT) removes a few groups at a time. Or a `nvit.Plan`.
+      rule: "per_cost" removes the group with the least score for the cost that it saves; "solve" finds the widths with
+        the least sum of scores; "eta" and "nvit" are NViT's. Or a `nvit.Choice`.
+      loss: your own, (logits [B, C], batch) -> [B]. It is a function of the logits and not of the parameters: the
+        library makes the masked forward pass itself, since a loss that forgot the masks would score every unit 0.
+      kinds, protect, profile, floors: which kinds of units may go, blocks that stay whole, the sizes of the groups that
+        go together ("cpu", "gpu", "tpu", "nvit"), and the units that stay at least, such as {"mlp": 64}.
+      latency_table: a `nvit.LatencyTable`, `nvit.Roofline`, the path of a table, or a function from ViTDims to
+        milliseconds. Where a latency is asked for and none is given, this device is measured first: minutes.
+      training: how weights train between prunings (gradual, iterative).
+      images: score with so many images; None: with all.
+      batch: images that are scored together (default 64), where `batches` are no batches yet.
+      evaluate_on: images and labels that the masked model is evaluated on after each pruning, for the record.
+      measure: time both models at this batch size for the record, in turns; None: do not.
+      directory: where states are saved, and from where a stopped run resumes; without it nothing touches the disk.
+      callback: is called after each pruning.
+
+    Raises UserError for arguments that are none or do not go together, before anything is scored.
+
+        >>> found = nvit.prune(model, (images, labels), macs=0.6)
+        >>> found.model
+        Model(12 blocks of embed 176, ...)
+    """
+    limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
+    plan = method if isinstance(method, Plan) else Plan(method=method)
+    if isinstance(rule, Choice):
+        only_recipe(prune, ("kinds", "protect", "profile", "floors"), (kinds, protect, profile, floors))
+        choice = rule
+    else:
+        choice = Choice(rule=rule, kinds=kinds, protect=protect, profile=profile, floors=floors)
+    scoring = scoring_of(criterion, loss, batch)
+    recipe = _recipe(training, model, loss, seed)
+    model = model.compact()
+    feed = make_feed(batches, model.dims, model.preprocessing)
+    held = None if evaluate_on is None else make_feed(evaluate_on, model.dims, model.preprocessing, split="val")
+    if isinstance(measure, int):
+        measure = Measurement(batch=measure)
+
+    def measured() -> Any:
+        return measure_latency(model, batch=measure.batch if measure else 32, profile=choice.profile, progress=progress)
+
+    table = find_latency(latency_table, model, measured if limits.need_latency else None)
+    policy = choice.policy(table)
+    targets = reachable_targets(limits, policy, model.dims, table)
+    setup = Setup(
+        targets=targets,
+        rank=ranker(model.dims, policy, targets, plan),
+        plan=plan,
+        scoring=scoring,
+        recipe=recipe,
+        latency=table,
+        measurement=measure,
+        images=images,
+    )
+    with open_monitor(progress, directory, "prune", None, (model, limits, plan, choice, scoring, recipe)) as monitor:
+        found = Pruner(model, feed, held, setup, monitor).run(callback)
+    asked = {name: value for name, value in dataclasses.asdict(limits).items() if value is not None}
+    return dataclasses.replace(found, record={"asked": asked} | found.record)
+
+
+def scoring_of(criterion: str | Scoring, loss: Loss | None, batch: int | None) -> Scoring:
+    """A criterion by name, or a Scoring, with what is given beside it. Raises UserError."""
+    if not isinstance(criterion, Scoring):
+        return Scoring(criterion=criterion, loss="own" if loss else None, batch=batch)
+    if batch is not None:
+        raise UserError(" is given beside a Scoring, which has it, too; set it there", "batch")
+    if loss is not None and criterion.loss not in (None, "own"):
+        raise UserError(f': your own does not go with Scoring(loss="{criterion.loss}")', "loss")
+    return dataclasses.replace(criterion, loss="own") if loss else criterion
+
+
+def _recipe(training: Recipe | None, model: Model, loss: Loss | None, seed: int) -> Recipe:
+    """Between prunings the weights learn from labels and from the unpruned model."""
+    if training is not None:
+        if loss is not None and training.objective.own is None:
+            objective = dataclasses.replace(training.objective, own=loss)
+            return dataclasses.replace(training, objective=objective)
+        return training
+    objective = Objective(own=loss, kl_weight=4.0 * model.dims.classes, tau=2.0)
+    return Recipe(learning_rate=1e-4, objective=objective, seed=seed, stream=2)
