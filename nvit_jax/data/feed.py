@@ -42,13 +42,11 @@ class Draws:
     report: Report = lambda text: None
     pixels: Any = None  # augment.TrainCrop
     repeats: int = 1  # views of an image in a batch
+    labels: bool = True  # whether they are needed
 
 
 class Feed(Protocol):
     """Batches for one model, wherever they come from."""
-
-    @property
-    def labelled(self) -> bool: ...
 
     def normalise(self, images: Any) -> Any:
         """On the device: what the model sees of them."""
@@ -59,7 +57,7 @@ class Feed(Protocol):
     def reader(self, draws: Draws) -> Reader:
         """Training batches, for ever."""
 
-    def once(self, batch: int, parallel: Parallel, report: Report) -> Iterator[Batch]:
+    def once(self, batch: int, parallel: Parallel, report: Report, *, labels: bool = True) -> Iterator[Batch]:
         """Every image once, with "valid" [B]: 0 marks what only fills up a batch."""
 
     def images(self) -> int | None:
@@ -86,13 +84,17 @@ class SplitFeed:
     def steps(self, batch: int) -> int:
         return len(self.split) // batch
 
-    def reader(self, draws: Draws) -> Stream:
+    def reader(self, draws: Draws) -> Reader:
+        if draws.labels and not self.labelled:
+            raise UserError(": labels are needed, give a pair (images, labels), or a loss of your own", "batches")
         rows = draws.parallel.local_rows(draws.batch)
         stream = train_stream(self.split, draws.batch, draws.seed, rows, pixels=draws.pixels, repeats=draws.repeats)
         stream.report = draws.report
-        return stream
+        return stream if self.labelled else _Unlabelled(stream)
 
-    def once(self, batch: int, parallel: Parallel, report: Report) -> Iterator[Batch]:
+    def once(self, batch: int, parallel: Parallel, report: Report, *, labels: bool = True) -> Iterator[Batch]:
+        if labels and not self.labelled:
+            raise UserError(": labels are needed, give a pair (images, labels)", "batches")
         devices = len(parallel.devices)
         batch = -(-min(batch, len(self.split)) // devices) * devices
         return eval_batches(self.split, batch, parallel.local_rows(batch), report)
@@ -109,10 +111,6 @@ class BatchFeed:
     dims: ViTDims
     preprocessing: Preprocessing | None
     limit: int | None = None  # images of one pass
-
-    @property
-    def labelled(self) -> bool:
-        return True  # each batch says for itself
 
     def normalise(self, images: Any) -> Any:
         return normalise(images, self.preprocessing)
@@ -134,13 +132,13 @@ class BatchFeed:
         return count
 
     def reader(self, draws: Draws) -> "_Passes":
-        return _Passes(self, len(draws.parallel.devices))
+        return _Passes(self, draws)
 
-    def once(self, batch: int, parallel: Parallel, report: Report) -> Iterator[Batch]:
+    def once(self, batch: int, parallel: Parallel, report: Report, *, labels: bool = True) -> Iterator[Batch]:
         devices, size = len(parallel.devices), 0
         for number, found in enumerate(self._pass()):
-            if "label" not in found:
-                raise UserError(f": batch {number} has no labels, which evaluation needs", "batches")
+            if labels and "label" not in found:
+                raise UserError(f": batch {number} has no labels, which are needed", "batches")
             count = len(found["image"])
             size = max(size, -(-count // devices) * devices)
             filled = {name: _filled(value, size) for name, value in found.items() if name in ("image", "label")}
@@ -162,11 +160,10 @@ class BatchFeed:
 class _Passes:
     """A reader over passes of a user's batches."""
 
-    def __init__(self, feed: BatchFeed, devices: int) -> None:
-        self._feed, self._devices = feed, devices
+    def __init__(self, feed: BatchFeed, draws: Draws) -> None:
+        self._feed, self._devices, self._labels = feed, len(draws.parallel.devices), draws.labels
         self._pass: Iterator[Batch] | None = None
         self._next = 0
-        self._offset = 0  # images of this process before this batch, so that every example has draws of its own
 
     def __call__(self, step: int) -> Batch:
         if self._pass is None or step < self._next:
@@ -178,9 +175,10 @@ class _Passes:
         if not rows:
             devices = f"{len(found['image'])} images do not divide over {self._devices} devices"
             raise UserError(f": {devices}; give larger batches", "batches")
+        if self._labels and "label" not in found:
+            raise UserError(f": batch {step} has no labels, which this loss needs", "batches")
         index = np.arange(rows, dtype=np.int32) + np.int32(jax.process_index() * rows)
-        label = found.get("label", np.zeros(len(found["image"]), np.int32))
-        return {name: value[:rows] for name, value in found.items()} | {"label": label[:rows], "index": index}
+        return {name: value[:rows] for name, value in found.items()} | {"index": index}
 
     def _restart(self) -> None:
         self._pass, self._next = None, 0
@@ -197,6 +195,19 @@ class _Passes:
 
     def close(self) -> None:
         self._pass = None
+
+
+class _Unlabelled:
+    """A reader of images that have no labels: nobody shall read the zeros that stand for them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.close = stream.close
+
+    def __call__(self, step: int) -> Batch:
+        batch = self._stream(step)
+        del batch["label"]
+        return batch
 
 
 def _filled(values: np.ndarray, size: int) -> np.ndarray:

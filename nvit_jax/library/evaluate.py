@@ -45,8 +45,6 @@ def evaluate(
     feed = make_feed(batches, model.dims, model.preprocessing, split=split, passes=False)
     if not model.dims.classes:
         raise UserError(" has no classifier", "model")
-    if not feed.labelled:
-        raise UserError(": labels are needed, give a pair (images, labels)", "batches")
     run = evaluator(model.dims, feed, Parallel.create(parallel), batch, jnp.dtype(dtype), monitor)
     with monitor.progress(feed.images(), unit="image"):
         return run(model.params, model.masks)

@@ -114,7 +114,10 @@ class Pruner:
         size = usual_batch(chosen.batch, feed, trainer.parallel)
         trainer.parallel.check_batch(size, "criterion.batch")
         seed = (self.setup.recipe.seed, self.setup.recipe.stream, 1)
-        draws = Draws(size, seed, trainer.parallel, self.monitor.warn)
+        labels = chosen.usual_loss == "labels" or (
+            chosen.usual_loss == "mix" and self.setup.recipe.objective.needs_labels
+        )
+        draws = Draws(size, seed, trainer.parallel, self.monitor.warn, labels=labels and chosen.needs_data)
         batches = chosen.batches if chosen.needs_data else 1
         return BatchScores(feed, draws, [phase[1] for phase in self.steps], batches, self.monitor)
 
@@ -220,7 +223,7 @@ class Pruner:
     def _difference(self, masked: Model, small: Model) -> float:
         """The largest difference of the logits, on images at hand. RuntimeError beyond what float32 explains."""
         feed = (self.held or self.feed).some(_COMPARED)
-        found = next(iter(feed.once(_COMPARED, self.trainer.parallel, self.monitor.warn)))
+        found = next(iter(feed.once(_COMPARED, self.trainer.parallel, self.monitor.warn, labels=False)))
         images = normalise(found["image"], getattr(feed, "preprocessing", None))
         with jax.default_matmul_precision("float32"):
             ours = np.asarray(vit.forward(masked.dims, masked.params, images, masked.masks))

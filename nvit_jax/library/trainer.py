@@ -11,7 +11,6 @@ import optax
 
 from nvit_jax.data.feed import Draws, Feed, Reader, SplitFeed
 from nvit_jax.data.mixing import prepare
-from nvit_jax.errors import UserError
 from nvit_jax.library.recipe import Recipe
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model
@@ -41,14 +40,13 @@ class Trainer:
         self._teachers = [
             None if one is None else self.parallel.place(one.params) for one in (teacher, recipe.label_teacher)
         ]
-        if recipe.objective.needs_labels and not feed.labelled:
-            raise UserError(": labels are needed, give a pair (images, labels), or a loss of your own", "batches")
 
     def draws(self, *more: int) -> Draws:
         """Its batches; with `more` in the seed, others."""
         r = self.recipe
         seed = (r.seed, r.stream, *more)
-        return Draws(self.batch, seed, self.parallel, self.monitor.warn, self._pixels, r.augment.repeats)
+        labels = r.objective.needs_labels
+        return Draws(self.batch, seed, self.parallel, self.monitor.warn, self._pixels, r.augment.repeats, labels)
 
     @contextlib.contextmanager
     def reader(self, *more: int) -> Iterator[Reader]:

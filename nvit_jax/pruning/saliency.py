@@ -43,6 +43,11 @@ def _per_sample(masks: Units, size: int) -> Units:
     return Units(jnp.broadcast_to(masks.embed, (size, *masks.embed.shape)), *rest)
 
 
+def _size(batch: Batch) -> int:
+    """Examples in it; labels are not always there, and what stands for an image is the loss's affair."""
+    return len(next(iter(batch.values())))
+
+
 def _batch_mean(units: Units) -> Units:
     """Mean over the batch axis of per-sample gates."""
     return Units(units.embed.mean(0), *(u.mean(1) for u in units[1:]))
@@ -95,8 +100,7 @@ def _curvature(
     diagonal, so that ONE Hessian-vector product gives B independent estimates v_i (H_x v)_i, which are averaged.
     """
     masks = normalize(masks)
-    size = len(batch["label"])
-    gates = _per_sample(masks, size)
+    gates = _per_sample(masks, _size(batch))
     parts, count = _probe_parts(masks, scheme, chunk)
 
     def gradient(gates: Units) -> Units:
@@ -177,7 +181,7 @@ def fisher(
     With data labels the empirical Fisher; with labels drawn from the unpruned model (`losses.draw_labels`) the
     Gauss-Newton diagonal.
     """
-    gates = _per_sample(normalize(masks), len(batch["label"]))
+    gates = _per_sample(normalize(masks), _size(batch))
     gradient = jax.grad(lambda g: loss(params, g, batch).sum())(gates)
     return _masked(mean(_batch_mean(jax.tree.map(jnp.square, gradient))), masks)
 

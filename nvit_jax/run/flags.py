@@ -9,8 +9,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nvit_jax.errors import UserError, nearest
-from nvit_jax.run.config import STAGES, check_config, default_config, flatten_config
+from nvit_jax.run.config import STAGES, default_config, flatten_config
 from nvit_jax.run.configfile import load_config
+from nvit_jax.run.validation import check_config
 
 _OVERRIDE = re.compile(r"--?(no)?config\.")
 

@@ -102,7 +102,9 @@ def make_train_step(
                     remat=remat,
                 )
                 each, parts = objective_loss(objective, logits, batch)
-                metrics = {"loss": each.mean(), "top1": (logits.mean(1).argmax(-1) == batch["label"]).mean()}
+                metrics = {"loss": each.mean()}
+                if "label" in batch:
+                    metrics["top1"] = (logits.mean(1).argmax(-1) == batch["label"]).mean()
                 return metrics["loss"], metrics | {name: value.mean() for name, value in parts.items()}
 
             return jax.grad(loss, has_aux=True)(state.params)

@@ -17,7 +17,7 @@ from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params, preset
 from nvit_jax.model.masks import full_masks, kept_dims
 from nvit_jax.pruning import released, saliency
 from nvit_jax.pruning.ranking import group_sizes
-from nvit_jax.run.config import check_config
+from nvit_jax.run.validation import check_config
 from nvit_jax.run.workdir import STOP, StageDir
 from nvit_jax.training.monitor import read_lines
 

@@ -109,8 +109,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     _set_data(config, given)
     _set_rest(config, given)
 
-    from nvit_jax.run.config import check_config
     from nvit_jax.run.flags import override
+    from nvit_jax.run.validation import check_config
 
     override(config, overrides)
     check_config(config)
