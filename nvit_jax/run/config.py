@@ -148,7 +148,7 @@ def default_config() -> ConfigDict:
 
     c.finetune = _training(epochs=300.0, learning_rate=2e-4)
     c.finetune.kl_weight = (
-        0.0  # of the KL divergence from the unpruned model's answers (NViT: 1e5, a mean over classes)
+        0.0  # of the KL divergence from the unpruned model's answers (NViT: 1e5)
     )
     c.finetune.tau = 20.0  # temperature of those answers
     c.finetune.snapshot = placeholder(float)  # finetune this one of prune.snapshots instead of the last model

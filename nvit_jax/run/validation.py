@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, nearest
 from nvit_jax.formats.export import DTYPES, FORMATS
 from nvit_jax.model.dims import KINDS
 from nvit_jax.parallel import BACKENDS
@@ -26,7 +26,7 @@ class Values(NamedTuple):
     """What a key may hold."""
 
     good: Callable[[Any], bool]
-    words: str
+    words: str | Callable[[Any], str]  # what is wrong, of a value that is not good
 
 
 def one_of(choices: Sequence[Any]) -> Values:
@@ -34,10 +34,18 @@ def one_of(choices: Sequence[Any]) -> Values:
     return Values(lambda v: v in choices, f"must be one of {', '.join(map(str, choices))}")
 
 
-def each_of(choices: Sequence[str], what: str) -> Values:
-    """A sequence of these, at least one."""
-    shown = ", ".join(choices)
-    return Values(lambda v: bool(v) and all(x in choices for x in v), f"unknown {what}; there are {shown}")
+def each_of(choices: Sequence[str], what: str, least: int = 1) -> Values:
+    """A sequence of at least so many of these."""
+
+    def words(value: Any) -> str:
+        unknown = [x for x in value if x not in choices]
+        if not unknown:
+            return f"nothing to do; choose of {', '.join(choices)}"
+        return (
+            f"unknown {what} {unknown[0]!r}, it is not one of {', '.join(choices)}{nearest(str(unknown[0]), choices)}"
+        )
+
+    return Values(lambda v: len(v) >= least and all(x in choices for x in v), words)
 
 
 def unset_or(values: Values) -> Values:
@@ -69,7 +77,7 @@ VALUES: dict[str, Values] = {
         "must be default, bfloat16, tensorfloat32 or float32",
     ),
     "parallel": one_of(BACKENDS),
-    "compare": Values(lambda v: all(x in CRITERIA for x in v), f"is not one of {', '.join(CRITERIA)}"),
+    "compare": each_of(tuple(CRITERIA), "criterion", 0),
     "eval.split": one_of(("train", "val", "test")),
     "eval.batch": POSITIVE,
     "data.holdout": unset_or(Values(lambda v: 0 < v < 1, "must be between 0 and 1")),
@@ -129,13 +137,15 @@ class Together(NamedTuple):
 
     key: str
     good: Callable[[ConfigDict], bool]
-    words: str
+    words: str | Callable[[ConfigDict], str]
 
 
 def _of_section(name: str) -> Iterator[Together]:
     """What holds for each training section."""
     yield Together(
-        f"{name}.accumulate", lambda c: c[name].batch % c[name].accumulate == 0, f"does not divide {name}.batch"
+        f"{name}.accumulate",
+        lambda c: c[name].batch % c[name].accumulate == 0,
+        lambda c: f"does not divide batch={c[name].batch}",
     )
     yield Together(
         f"{name}.teacher_alpha",
@@ -145,7 +155,7 @@ def _of_section(name: str) -> Iterator[Together]:
     yield Together(
         "augment.mixup_shards",
         lambda c: c[name].batch % c.augment.mixup_shards == 0,
-        f"does not divide {name}.batch",
+        lambda c: f"does not divide {name}.batch={c[name].batch}",
     )
     if name in _TRAININGS:
         yield Together(
@@ -244,11 +254,13 @@ def check_config(c: ConfigDict) -> None:
         raise UserError(f"the config file lacks {missing[0]!r}; start from nvit_jax.run.config.default_config()")
     for key, rule in VALUES.items():
         if not rule.good(values[key]):
-            raise UserError(f"config.{key}={_shown(values[key])}: {rule.words}")
+            words = rule.words if isinstance(rule.words, str) else rule.words(values[key])
+            raise UserError(f"config.{key}={_shown(values[key])}: {words}")
     for together in TOGETHER:
         if not together.good(c):
             value = c.latency.roofline.to_dict() if together.key == "latency.roofline" else values[together.key]
-            raise UserError(f"config.{together.key}={_shown(value)}: {together.words}")
+            words = together.words if isinstance(together.words, str) else together.words(c)
+            raise UserError(f"config.{together.key}={_shown(value)}: {words}")
 
 
 def _shown(value: Any) -> str:
