@@ -99,3 +99,13 @@ def finished(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "W"
     assert call("--workdir", workdir, "--config.compare=('magnitude',)") == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def digits_model():
+    """A ViT of two narrow blocks with random weights that knows how digits are normalised."""
+    import nvit_jax as nvit
+
+    dims = nvit.ViTDims.uniform(image=8, patch=4, channels=1, classes=10, embed=32, depth=2, heads=2, mlp=64)
+    info = {"preprocessing": nvit.load_dataset("digits").preprocessing.to_json()}
+    return nvit.Model(dims, vit.init(dims, jax.random.key(0), std=0.1, position_std=0.5), info=info)

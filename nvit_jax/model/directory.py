@@ -119,6 +119,9 @@ class _Facts:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __repr__(self) -> str:
+        return self._key
+
 
 jax.tree_util.register_pytree_with_keys(
     Model,

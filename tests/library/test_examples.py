@@ -4,7 +4,6 @@ import importlib.util
 import json
 
 import numpy as np
-import pytest
 from conftest import ROOT
 from PIL import Image
 
@@ -43,15 +42,3 @@ def test_nvits_loop_with_an_own_loader(digits_model, tmp_path, capsys):
     assert "pruning 1: " in capsys.readouterr().out
     assert found.record["macs_ratio"] <= 0.5 and found.record["prunings"] > 1
     json.dumps(found.record)  # plain values
-
-
-@pytest.fixture(scope="module")
-def digits_model():
-    """A ViT of two narrow blocks with random weights that knows how digits are normalised."""
-    import jax
-
-    from nvit_jax.model import vit
-
-    dims = nvit.ViTDims.uniform(image=8, patch=4, channels=1, classes=10, embed=32, depth=2, heads=2, mlp=64)
-    info = {"preprocessing": nvit.load_dataset("digits").preprocessing.to_json()}
-    return nvit.Model(dims, vit.init(dims, jax.random.key(0), std=0.1, position_std=0.5), info=info)

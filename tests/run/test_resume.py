@@ -158,13 +158,13 @@ def test_sigterm_between_and_in_other_stages(finished, tmp_path, capsys, monkeyp
 
     shutil.copytree(finished, tmp_path / "W", symlinks=True)
     shutil.rmtree(tmp_path / "W" / "eval")
-    evaluator = measure.evaluator
+    evaluate = measure.evaluate
 
     def stopped_later(*arguments, **options):
         STOP.received = True
-        return evaluator(*arguments, **options)
+        return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(measure, "evaluator", stopped_later)
+    monkeypatch.setattr(measure, "evaluate", stopped_later)
     assert call("--workdir", tmp_path / "W", "--config.compare=('magnitude',)") == 143
     assert "stopped while evaluating; the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()
