@@ -1,5 +1,6 @@
 """Every test sees 4 virtual CPU devices; compiled programs are kept in a cache beside the tests."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 import main
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax.model.directory import Model
 from nvit_jax.model.masks import check_masks, full_masks
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,6 +51,27 @@ def random_params(dims: ViTDims, seed: int = 0, dtype=np.float64):
 def random_images(dims: ViTDims, batch: int = 3, seed: int = 0, dtype=np.float64) -> np.ndarray:
     shape = (batch, dims.image, dims.image, dims.channels)
     return np.random.default_rng([seed, 1]).standard_normal(shape).astype(dtype)
+
+
+PREPROCESSING = {
+    "size": 16,
+    "scale": 255.0,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 0.4],
+    "resize": 20,
+    "interpolation": "bicubic",
+}
+
+
+def ragged(**changes):
+    """A model whose blocks differ in every width, with random weights."""
+    values = {
+        "image": 16, "patch": 4, "classes": 7, "embed": 18, "heads": (2, 1), "qk": (5, 3), "v": (4, 6), "mlp": (9, 20),
+        "qk_scale": 0.3, "dist_token": True,
+    }  # fmt: skip
+    dims = ViTDims(**(values | changes))
+    info = {"preprocessing": PREPROCESSING, "classes": [f"class {i}" for i in range(7)], "variant": None}
+    return Model(dims, random_params(dims, dtype=np.float32), info=info)
 
 
 def run_forward(dims: ViTDims, params, images, masks=None, **options):
@@ -95,9 +118,14 @@ def read(path):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> pathlib.Path:
-    """A workdir in which every stage ran, with a comparison. Tests copy it."""
-    workdir = tmp_path_factory.mktemp("runs") / "W"
-    assert call("--workdir", workdir, "--config.compare=('magnitude',)") == 0
+    """A workdir in which every stage ran, with a comparison. Tests copy it. One for all processes of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workdir = shared / "finished" / "W"
+    with open(shared / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "report.html").exists():
+            assert call("--workdir", workdir, "--config.compare=('magnitude',)") == 0
     return workdir
 
 

@@ -20,8 +20,8 @@ from nvit_jax.model import vit
 from nvit_jax.model.masks import full_masks
 from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.parallel import Parallel, fetch
-from nvit_jax.pruning.ranking import Policy, group_sizes, make_targets, rank
 from nvit_jax.pruning import saliency
+from nvit_jax.pruning.ranking import Policy, group_sizes, make_targets, rank
 from nvit_jax.pruning.scoring import Scoring, make_score_step
 from nvit_jax.training import distill, optim
 from nvit_jax.training.evaluate import evaluate, make_eval_step

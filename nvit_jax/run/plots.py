@@ -98,7 +98,7 @@ def widths(plt: Any, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Dra
         axis.set_title(title)
         axis.set_xlabel("block")
         axis.set_ylabel(unit)
-        axis.set_xticks(list(blocks) if len(blocks) <= 12 else list(blocks)[::4])
+        axis.set_xticks(list(blocks) if len(blocks) <= 8 else list(blocks)[::4])
         _whole_numbers(axis.yaxis)
     drawn.legend(*axes[1].get_legend_handles_labels(), loc="upper right")
     drawn.tight_layout(rect=(0, 0, 0.93, 1))
@@ -204,7 +204,7 @@ def scores(plt: Any, arrays: Mapping[str, np.ndarray]) -> Drawn:
         others = sum(int((r <= 0).sum()) for r in rows)
         place = "block" if len(rows) > 1 else "all blocks"
         axis.set_xlabel(place + (f"\n{others} not positive" if others else ""))
-        axis.set_xticks([] if len(rows) == 1 else blocks if len(rows) <= 12 else blocks[::4])
+        axis.set_xticks([] if len(rows) == 1 else blocks if len(rows) <= 8 else blocks[::4])
     axes[0].set_xlim(-1, 1)
     axes[0].set_ylabel("score of a unit")
     for axis in axes[1:]:

@@ -230,11 +230,11 @@ def _targets(metrics: Mapping[str, Any]) -> str:
     rows = [
         ("MACs ratio", f"{metrics['macs_ratio']:.3f}"),
         ("parameters ratio", f"{metrics['params_ratio']:.3f}"),
-        ("predicted latency ratio", "no latency model" if predicted is None else f"{predicted:.3f}"),
-        ("predicted for", metrics.get("latency_source") or ""),
         ("largest difference of logits, masked and compact", f"{metrics['masked_vs_compact_max_abs_diff']:.1e}"),
         ("embed channels kept", str(metrics["dims"]["embed"])),
     ]
+    if predicted is not None:
+        rows += [("predicted latency ratio", f"{predicted:.3f}"), ("predicted for", str(metrics["latency_source"]))]
     heading = f"<h2>Pruning by {html.escape(metrics['criterion'])}</h2><p>Targets: {targets}.</p>"
     return heading + page.table(("", "result"), rows)
 

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,16 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
                 raise Stopped(f"stopped before {step.name}")
             with _shared(step):
                 _run_stage(step)
+    _say_what_is_next(steps)
+
+
+def _say_what_is_next(steps: Sequence[Step]) -> None:
+    """A model that was made alone is in no table yet."""
+    last = steps[-1]
+    if last.name in ("pretrain", "prune", "finetune") and "eval" not in [step.name for step in steps]:
+        StageDir(last.workdir, last.name).say(
+            "summary.json and report.html do not have this model yet: --stage eval adds it, then --stage report"
+        )
 
 
 @contextlib.contextmanager

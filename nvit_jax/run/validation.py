@@ -34,18 +34,16 @@ def one_of(choices: Sequence[Any]) -> Values:
     return Values(lambda v: v in choices, f"must be one of {', '.join(map(str, choices))}")
 
 
-def each_of(choices: Sequence[str], what: str, least: int = 1) -> Values:
-    """A sequence of at least so many of these."""
+def each_of(choices: Sequence[str], empty: str | None = None, what: str = "") -> Values:
+    """A sequence of these; `empty` says what is wrong with none, `what` they are called."""
 
     def words(value: Any) -> str:
         unknown = [x for x in value if x not in choices]
         if not unknown:
-            return f"nothing to do; choose of {', '.join(choices)}"
-        return (
-            f"unknown {what} {unknown[0]!r}, it is not one of {', '.join(choices)}{nearest(str(unknown[0]), choices)}"
-        )
+            return f"{empty}; choose of {', '.join(choices)}"
+        return f"{what}{unknown[0]!r} is not one of {', '.join(choices)}{nearest(str(unknown[0]), choices)}"
 
-    return Values(lambda v: len(v) >= least and all(x in choices for x in v), words)
+    return Values(lambda v: (empty is None or len(v) > 0) and all(x in choices for x in v), words)
 
 
 def unset_or(values: Values) -> Values:
@@ -70,14 +68,14 @@ def _in(sections: Sequence[str], *keys: str) -> Iterator[str]:
 
 VALUES: dict[str, Values] = {
     "seed": Values(lambda v: 0 <= v < 2**32, "must be from 0 to 2**32 - 1"),
-    "stages": each_of(STAGES, "stage"),
+    "stages": each_of(STAGES, "nothing to do", "unknown stage "),
     "dtype": Values(lambda v: v in ("float32", "bfloat16"), 'must be "float32" or "bfloat16"'),
     "matmul_precision": Values(
         lambda v: v in (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"),
         "must be default, bfloat16, tensorfloat32 or float32",
     ),
     "parallel": one_of(BACKENDS),
-    "compare": each_of(tuple(CRITERIA), "criterion", 0),
+    "compare": each_of(tuple(CRITERIA)),
     "eval.split": one_of(("train", "val", "test")),
     "eval.batch": POSITIVE,
     "data.holdout": unset_or(Values(lambda v: 0 < v < 1, "must be between 0 and 1")),
@@ -127,8 +125,8 @@ VALUES: dict[str, Values] = {
         _in(("latency.widths",), "embed", "heads", "qk", "v", "mlp"),
         Values(lambda v: v >= 2, "must be at least 2: the smallest width and the full one"),
     ),
-    "export.formats": each_of(tuple(FORMATS), "format"),
-    "export.dtypes": each_of(DTYPES, "type"),
+    "export.formats": each_of(tuple(FORMATS), "nothing to write"),
+    "export.dtypes": each_of(DTYPES, "nothing to write"),
 }
 
 

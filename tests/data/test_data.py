@@ -240,6 +240,7 @@ def test_cifar10_as_folders(tmp_path):
     assert take(data.split("train"), [0], pixels=view)[0]["image"].shape == (16, 224, 224, 3)
 
 
+@pytest.mark.slow
 def test_a_run_on_folders_with_deits_augmentation(root, tmp_path, capsys):
     """pretrain from NViT's layout: crops, RandAugment, erasing, mixup and cutmix, three views, worker threads."""
     vit = {"image": 16, "patch": 8, "channels": 3, "classes": 2, "embed": 16, "depth": 1, "heads": 2, "mlp": 32}

@@ -12,33 +12,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, random_params, read
+from conftest import PREPROCESSING, ROOT, call, ragged, read
 from PIL import Image
 
 from nvit_jax import load_model, save_model
 from nvit_jax.formats import export, torch_vit
-from nvit_jax.model.dims import ViTDims
-from nvit_jax.model.directory import Model
 from nvit_jax.model.preprocessing import Preprocessing
-
-PREPROCESSING = {
-    "size": 16,
-    "scale": 255.0,
-    "mean": [0.4, 0.5, 0.6],
-    "std": [0.2, 0.3, 0.4],
-    "resize": 20,
-    "interpolation": "bicubic",
-}
-
-
-def ragged(**changes) -> Model:
-    values = {
-        "image": 16, "patch": 4, "classes": 7, "embed": 18, "heads": (2, 1), "qk": (5, 3), "v": (4, 6), "mlp": (9, 20),
-        "qk_scale": 0.3, "dist_token": True,
-    }  # fmt: skip
-    dims = ViTDims(**(values | changes))
-    info = {"preprocessing": PREPROCESSING, "classes": [f"class {i}" for i in range(7)], "variant": None}
-    return Model(dims, random_params(dims, dtype=np.float32), info=info)
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ def test_the_configs_of_other_data_sets(variant):
     assert f":{variant}" in module.__doc__ and "Ours: not run" in module.__doc__
 
 
+@pytest.mark.slow
 def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     """All stages, with the three snapshots on the way; one of them is finetuned in the place of the last model.
 
@@ -286,6 +287,7 @@ def test_nvit_t_at_the_size_of_a_test(tmp_path, capsys):
     assert "must decrease" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_of_the_training_steps_survive_a_stop(tmp_path, monkeypatch):
     """Stopped between two prunings, with gradients collected since the first: the same numbers in the end."""
     config = f"{ROOT / 'configs' / 'nvit_b.py'}:tiny"
@@ -314,6 +316,7 @@ def test_scores_of_the_training_steps_survive_a_stop(tmp_path, monkeypatch):
     assert line["step"] == 3 and line["groups"] == 1
 
 
+@pytest.mark.slow
 def test_revit_t_trains(tmp_path):
     config = f"{ROOT / 'configs' / 'revit_t.py'}:tiny"
     assert call("--workdir", tmp_path / "W", "--stage=pretrain", config=config) == 0

@@ -106,6 +106,7 @@ def test_hvp_is_unbiased(setting, scheme):
     assert np.abs(error[deviation == 0]).max(initial=0) < 1e-9 * np.abs(hessian).max()
 
 
+@pytest.mark.slow
 def test_finer_probing_ranks_better(setting):
     """The order of the curve in saliency's docstring, on a small model: the same number of probes per part."""
     loss, params, masks, batch, hessian, _ = setting

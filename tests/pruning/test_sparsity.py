@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from conftest import call, random_images, random_params, read, small_dims
+from conftest import call, ragged, random_images, random_params, read, small_dims
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_export import ragged
 
-from nvit_jax import convert_checkpoint, load_model
+from nvit_jax import convert, load_model
 from nvit_jax.formats import export, interchange
 from nvit_jax.model import vit
 from nvit_jax.model.directory import Model
@@ -223,7 +222,7 @@ def test_onnx_and_what_is_not_sparse(tmp_path):
 def test_an_export_comes_back_with_its_zeros(tmp_path):
     model = sparse_model()
     export.export_model(model, tmp_path, ("safetensors",), ("float32",), lambda text: None)
-    convert_checkpoint(tmp_path / "safetensors" / "model.safetensors", tmp_path / "model")
+    convert(tmp_path / "safetensors" / "model.safetensors", tmp_path / "model")
     again = load_model(tmp_path / "model")
     assert again.info["sparsity"] == "2:4"
     for (path, a), (_, b) in zip(flatten(again.params), flatten(model.params), strict=True):

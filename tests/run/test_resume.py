@@ -72,6 +72,7 @@ def wait_for_a_state(process: subprocess.Popen, directory: pathlib.Path) -> bool
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_sigkill_anywhere(undisturbed, tmp_path, seed):
     """Kills at random moments of each stage, inside saves too; then it is let through."""
@@ -105,6 +106,7 @@ def test_sigterm_saves_and_exits(undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_where_and_how_a_run_goes_on_may_change(undisturbed, tmp_path):
     """What changes no numbers may be another after a stop; the other keys may not."""
     workdir = tmp_path / "W"
@@ -122,6 +124,7 @@ def test_where_and_how_a_run_goes_on_may_change(undisturbed, tmp_path):
     assert "finished before" in finish(workdir)
 
 
+@pytest.mark.slow
 def test_damaged_states_are_not_taken_for_a_fresh_start(tmp_path):
     workdir = tmp_path / "W"
     process = start(workdir, "--stage=pretrain")
@@ -138,6 +141,7 @@ def test_damaged_states_are_not_taken_for_a_fresh_start(tmp_path):
     assert "380 steps" not in output and finish(workdir, "--stage=pretrain", "--force")
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_workdir(tmp_path):
     workdir = tmp_path / "W"
     process = start(workdir, "--stage=pretrain", "--config.pretrain.epochs=400")
