@@ -31,7 +31,10 @@ In a clone that is not installed, `python main.py` is the same program. Without 
 
 def command() -> NoReturn:
     """The program."""
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # where nothing listens: a run saves and says 143
+        code = _failed("interrupted", 130)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -48,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except (UserError, FloatingPointError) as error:
         return _failed(str(error), 2)
-    except KeyboardInterrupt:  # where nothing listens: a run saves and says 143
-        return _failed("interrupted", 130)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if "RESOURCE_EXHAUSTED" in first:
