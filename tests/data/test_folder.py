@@ -90,6 +90,7 @@ def model_dir(folder) -> pathlib.Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_pruned_and_evaluated_again(folder, capsys):
     both = (f"--config.data.train={folder}/images", f"--config.data.classes={folder}/classes.tsv")
     small = ("--config.latency.batch=8", "--config.latency.repeats=2", "--config.prune.score.batch=8")

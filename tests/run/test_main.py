@@ -168,6 +168,7 @@ def test_the_best_evaluated_model_is_kept(finished, tmp_path):
     assert (found == labels).mean() == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_other_modes_and_a_model_directory(finished, tmp_path):
     """One pretrained model serves many prunings; a pruned model is pruned again; from_scratch."""
     first = tmp_path / "one_shot"

@@ -92,6 +92,7 @@ def test_sigkill_anywhere(undisturbed, tmp_path, seed):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits(undisturbed, tmp_path):
     workdir = tmp_path / "W"
     process = start(workdir)
