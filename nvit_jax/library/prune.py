@@ -13,7 +13,7 @@ from nvit_jax.library.benchmark import measure_latency
 from nvit_jax.library.pruner import Pruned, Pruner, Setup
 from nvit_jax.library.recipe import Loss, Recipe
 from nvit_jax.library.recording import open_monitor
-from nvit_jax.library.targets import Choice, Limits, find_latency, reachable_targets
+from nvit_jax.library.targets import Choice, Limits, check_images, find_latency, reachable_targets
 from nvit_jax.model.dims import KINDS
 from nvit_jax.model.directory import Model
 from nvit_jax.pruning.loop import Plan, Pruning
@@ -94,6 +94,7 @@ def prune(
         choice = Choice(rule=rule, kinds=kinds, protect=protect, profile=profile, floors=floors)
     scoring = scoring_of(criterion, loss, batch)
     recipe = _recipe(training, model, loss, seed)
+    check_images(images)
     model = model.compact()
     feed = make_feed(batches, model.dims, model.preprocessing)
     held = None if evaluate_on is None else make_feed(evaluate_on, model.dims, model.preprocessing, split="val")

@@ -56,6 +56,12 @@ class Recipe:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parallel", self.parallel, BACKENDS)
         check_choice("sparsity", self.sparsity, (None, *SPARSITY))
+        for name in ("epochs", "learning_rate", "weight_decay", "warmup_epochs", "ema", "dropout", "drop_path"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"={value!r}: it must be a number", name)
+        if self.optimizer is not None and not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
+            raise UserError(f" is a {type(self.optimizer).__name__}; it must be an optax optimizer", "optimizer")
         for name in ("batch", "accumulate", "log_every", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

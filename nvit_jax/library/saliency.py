@@ -9,7 +9,7 @@ from nvit_jax.library.arguments import checked, only_recipe
 from nvit_jax.library.prune import scoring_of
 from nvit_jax.library.pruner import Pruner, Setup
 from nvit_jax.library.recipe import Loss, Recipe
-from nvit_jax.library.targets import Choice, Limits, find_latency, reachable_targets
+from nvit_jax.library.targets import Choice, Limits, check_images, find_latency, reachable_targets
 from nvit_jax.model.dims import KINDS, Units
 from nvit_jax.model.directory import Model
 from nvit_jax.model.masks import full_masks
@@ -41,6 +41,7 @@ def saliency(
     Raises FloatingPointError that names the first unit whose score is not finite.
     """
     monitor = progress if isinstance(progress, Monitor) else Console("saliency") if progress else Monitor()
+    check_images(images)
     model = model.compact()
     feed = make_feed(batches, model.dims, model.preprocessing)
     recipe = Recipe(objective=Objective(own=loss), seed=seed, stream=2, parallel=parallel)

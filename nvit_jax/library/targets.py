@@ -107,3 +107,9 @@ def reachable_targets(limits: Limits, policy: Policy, dims: ViTDims, latency: Mi
     with renamed({ours: name for name, ours in NAMES.items()}):
         check_reachable(dims, policy, targets)
     return targets
+
+
+def check_images(images: int | None) -> None:
+    """UserError unless scores can come from so many images."""
+    if images is not None and images < 1:
+        raise UserError(f"={images}: it must be at least 1", "images")

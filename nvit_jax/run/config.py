@@ -147,9 +147,7 @@ def default_config() -> ConfigDict:
     prune.save_every = 100  # steps, as in pretrain
 
     c.finetune = _training(epochs=300.0, learning_rate=2e-4)
-    c.finetune.kl_weight = (
-        0.0  # of the KL divergence from the unpruned model's answers (NViT: 1e5)
-    )
+    c.finetune.kl_weight = 0.0  # of the KL divergence from the unpruned model's answers (NViT: 1e5)
     c.finetune.tau = 20.0  # temperature of those answers
     c.finetune.snapshot = placeholder(float)  # finetune this one of prune.snapshots instead of the last model
     # "magnitude" or "gradient": 2 of 4 weights go by this score and stay away, see sparsity.py

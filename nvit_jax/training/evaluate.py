@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvit_jax.errors import UserError
 from nvit_jax.parallel import Parallel
 from nvit_jax.training.losses import cross_entropy
 
@@ -55,4 +56,6 @@ def evaluate(
         total = {name: total[name] + float(np.asarray(sums[name])) for name in total}
         advance(round(total["images"]))
     images = round(total["images"])
+    if not images:
+        raise UserError(": there is no image to evaluate", "batches")
     return {name: total[name] / images for name in ("top1", "top5", "loss")} | {"images": images}

@@ -75,8 +75,12 @@ def objective_loss(objective: Objective, logits: jax.Array, batch: Batch) -> tup
         label = objective.own(mean, batch)
         if label.shape != mean.shape[:1]:
             raise UserError(f" returns the shape {label.shape}; it must be [B], one number an example", "loss")
-    else:
+    elif "label" in batch:
         label = cross_entropy(mean, batch["label"], objective.smoothing)
+    elif objective.needs_labels:
+        raise UserError(": labels are needed, or a loss of your own", "batches")
+    else:
+        label = jnp.zeros(len(mean), mean.dtype)
     if "mixed_label" in batch and objective.own is None:
         other = cross_entropy(mean, batch["mixed_label"], objective.smoothing)
         label = batch["label_share"] * label + (1 - batch["label_share"]) * other

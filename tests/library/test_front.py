@@ -81,6 +81,7 @@ def test_mistakes_are_value_errors_about_the_callers_argument(digits_model, digi
         ({"macs": 0.5, "protect": (2,)}, "^protect: there is no block 2"),
         ({"macs": 0.5, "floors": {"mpl": 3}}, "^floors: unknown kind 'mpl'"),
         ({"macs": 0.5, "profile": "phone"}, "^profile='phone' is not one of"),
+        ({"macs": 0.5, "images": 0}, "^images=0: it must be at least 1"),
         ({"latency": 0.5, "latency_table": "/nowhere.json"}, "/nowhere.json is missing"),
         ({"latency": 0.5, "latency_table": 3}, "^latency_table is a int"),
         ({"macs": 0.5, "rule": nvit.Choice(), "profile": "gpu"}, "^profile is given beside a recipe|^profile is given"),
@@ -247,6 +248,17 @@ def test_several_limits_hold_at_once(digits_model, digits):
     assert sum(mine.model.dims.mlp) <= 0.8 * sum(digits_model.dims.mlp)
 
 
+def test_second_order_needs_no_labels(digits_model, digits):
+    images, labels = digits
+    without = quiet(nvit.saliency, digits_model, images, criterion="hvp")
+    with_labels = quiet(nvit.saliency, digits_model, (images, labels), criterion="hvp")
+    np.testing.assert_array_equal(without.mlp, with_labels.mlp)
+    with pytest.raises(nvit.UserError, match="^batches: there is no image to evaluate"):
+        quiet(nvit.evaluate, digits_model, [])
+    with pytest.raises(nvit.UserError, match="^model is a str; it must be a Model"):
+        quiet(nvit.evaluate, "deit_tiny", digits)
+
+
 def test_an_own_loss_needs_no_labels_and_decides(digits_model, digits):
     images = digits_model.preprocessing(digits[0])
     seen = []
@@ -288,6 +300,9 @@ def test_finetune_with_ones_own_optimizer_and_callback(digits_model, digits):
         ({"ema": 1.0}, r"^ema=1.0: it must be in \[0, 1\)"),
         ({"augment": nvit.Augment(crop=0.1)}, "^augment.crop=0.1: images of 0..255 are needed"),
         ({"epoch": 3}, "has no argument 'epoch'; did you mean 'epochs'"),
+        ({"epochs": "many"}, "^epochs='many': it must be a number"),
+        ({"optimizer": 3}, "^optimizer is a int; it must be an optax optimizer"),
+        ({"teacher": "deit"}, "^teacher is a str; it must be a Model"),
     ):
         with pytest.raises(nvit.UserError, match=words):
             quiet(nvit.finetune, digits_model, digits, **arguments)

@@ -180,7 +180,7 @@ def test_a_failure_in_one_ends_both_with_its_traceback(tmp_path):
     """What is neither a mistake nor a lost process, in one of them: the other does not wait for ever."""
     config = tmp_path / "config.py"
     config.write_text(
-        "import jax\nfrom tests.tiny import get_config\nfrom nvit_jax import optim\nold = optim.schedule\n"
+        "import jax\nfrom tests.tiny import get_config\nfrom nvit_jax.training import optim\nold = optim.schedule\n"
         "def schedule(*a):\n    if jax.process_index() == 1: raise TypeError('a fault of one')\n    return old(*a)\n"
         "optim.schedule = schedule\n"
     )

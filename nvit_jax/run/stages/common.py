@@ -58,8 +58,8 @@ def dense_dir(run: Run) -> pathlib.Path:
         place = pathlib.Path(run.config.model)
         if place.is_file():
             raise UserError(
-                f"config.model={place} is a file, not a directory; if it is a checkpoint, convert it first: nvit-jax convert "
-                f"{place} MODEL_DIR, then --config.model=MODEL_DIR"
+                f"config.model={place} is a file, not a directory; if it is a checkpoint, convert it first: "
+                f"nvit-jax convert {place} MODEL_DIR, then --config.model=MODEL_DIR"
             )
         return place
     if not run.other("pretrain").done():
