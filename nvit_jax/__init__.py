@@ -16,13 +16,13 @@ __version__ = "0.7.0"
 
 if TYPE_CHECKING:
     from nvit_jax.data.augmentation import Augment as Augment
-    from nvit_jax.data.datasets import load_dataset as load_dataset
     from nvit_jax.errors import UserError as UserError
     from nvit_jax.latency.roofline import Roofline as Roofline
     from nvit_jax.latency.table import LatencyTable as LatencyTable
     from nvit_jax.latency.timing import Measurement as Measurement
     from nvit_jax.library.benchmark import benchmark as benchmark
     from nvit_jax.library.benchmark import measure_latency as measure_latency
+    from nvit_jax.library.data import load_dataset as load_dataset
     from nvit_jax.library.evaluate import evaluate as evaluate
     from nvit_jax.library.export import export as export
     from nvit_jax.library.finetune import finetune as finetune
@@ -50,12 +50,12 @@ else:
     # a name: `nvit-jax --help` must not wait for JAX.
     _HOMES = {
         "data.augmentation": ("Augment",),
-        "data.datasets": ("load_dataset",),
         "errors": ("UserError",),
         "latency.roofline": ("Roofline",),
         "latency.table": ("LatencyTable",),
         "latency.timing": ("Measurement",),
         "library.benchmark": ("benchmark", "measure_latency"),
+        "library.data": ("load_dataset",),
         "library.evaluate": ("evaluate",),
         "library.export": ("export",),
         "library.finetune": ("finetune",),

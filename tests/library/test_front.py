@@ -338,6 +338,17 @@ def test_benchmark_times_in_turns(digits_model):
         nvit.benchmark([digits_model], batch=0)
 
 
+def test_data_sets_that_are_none(tmp_path):
+    for arguments, words in (
+        (("digit",), "^name='digit' is not"),
+        (("folder",), '^name="folder" needs path=ROOT with ROOT/train and ROOT/val, or train=DIR'),
+        (("folder", str(tmp_path)), r"^train=.*train: there is no such directory"),
+        (("npz", str(tmp_path / "x.npz")), "^path=.*x.npz: there is no such file"),
+    ):
+        with pytest.raises(nvit.UserError, match=words):
+            nvit.load_dataset(*arguments)
+
+
 def test_export_says_what_it_cannot(digits_model, tmp_path):
     for formats, words in (
         ((), "^formats: nothing to write"),
