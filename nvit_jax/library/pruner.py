@@ -29,7 +29,7 @@ from nvit_jax.pruning.ranking import Ranking, Target
 from nvit_jax.pruning.rules import Ranker
 from nvit_jax.pruning.scoring import BatchScores, Scoring, make_score_step
 from nvit_jax.training import distill, optim
-from nvit_jax.training.monitor import Monitor
+from nvit_jax.training.monitor import Monitor, Recorder, read_lines
 
 _COMPARED = 64  # images that the masked and the compact model are compared on
 
@@ -207,10 +207,15 @@ class Pruner:
             "latency_source": source(predict),
             **self._measured(now),
             "masked_vs_compact_max_abs_diff": self._difference(masked, small),
-            "history": self.lines,
+            "history": self._history(),
             "peak_memory_bytes": peak_memory(),
             "seconds": self.monitor.seconds(),
         }
+
+    def _history(self) -> list[dict[str, Any]]:
+        """A line of each pruning; those before a resumed run come from its directory."""
+        kept = self.monitor.path / "history.jsonl" if isinstance(self.monitor, Recorder) else None
+        return self.lines if kept is None else read_lines(kept)
 
     def _measured(self, now: ViTDims) -> dict[str, Any]:
         names = ("dense_latency_ms", "measured_latency_ms", "latency_ratio", "latency_spread")

@@ -112,8 +112,8 @@ def default_config() -> ConfigDict:
     score.chunk = 16  # units that are probed together by "chunk"
     score.probes = 1  # hvp, obd: probes per example and confinement
     score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
-    # per_cost: score / saving; solve: the least score for the target (allocation.py); eta: score - eta * ms saved;
-    # nvit: the released engine's, eta per second (nvit.py)
+    # per_cost: score / saving; solve: the least score for the target (pruning/allocation.py); eta: score - eta * ms
+    # saved; nvit: the released engine's, eta per second (pruning/released.py)
     prune.rule = "per_cost"
     prune.eta = 5e-4  # price of a saving: per millisecond for rule "eta", per second for "nvit"
     prune.reset_scores = False  # forget the scores' average after the first pruning (NViT)

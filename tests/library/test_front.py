@@ -330,6 +330,18 @@ def test_a_directory_saves_and_resumes(digits_model, digits, tmp_path):
         quiet(nvit.finetune, digits_model, digits, epochs=1, **place)
 
 
+def test_a_pruning_that_is_called_again_knows_its_history(digits_model, digits, tmp_path):
+    how = {
+        "macs": 0.6,
+        "measure": None,
+        "directory": tmp_path,
+        "method": nvit.Plan(method="gradual", steps=2, interval=2),
+    }
+    first, again = (quiet(nvit.prune, digits_model, digits, **how) for _ in range(2))
+    assert same(first.model, again.model) and first.record["history"] == again.record["history"]
+    assert [line["pruning"] for line in again.record["history"]] == [1, 2]
+
+
 def test_benchmark_times_in_turns(digits_model):
     found = nvit.benchmark([digits_model, digits_model.dims], batch=4, repeats=3)
     assert [set(one) for one in found] == [{"ms", "spread", "ratio"}] * 2
