@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING
 __version__ = "0.7.0"
 
 if TYPE_CHECKING:
+    from nvit_jax.api.benchmark import benchmark as benchmark
+    from nvit_jax.api.benchmark import measure_latency as measure_latency
+    from nvit_jax.api.data import load_dataset as load_dataset
+    from nvit_jax.api.evaluate import evaluate as evaluate
+    from nvit_jax.api.export import export as export
+    from nvit_jax.api.finetune import finetune as finetune
+    from nvit_jax.api.models import convert as convert
+    from nvit_jax.api.models import load as load
+    from nvit_jax.api.models import load_classifier as load_classifier
+    from nvit_jax.api.models import reshape as reshape
+    from nvit_jax.api.prune import prune as prune
+    from nvit_jax.api.pruner import Pruned as Pruned
+    from nvit_jax.api.recipe import Recipe as Recipe
+    from nvit_jax.api.saliency import rank as rank
+    from nvit_jax.api.saliency import saliency as saliency
+    from nvit_jax.api.targets import Choice as Choice
     from nvit_jax.data.augmentation import Augment as Augment
     from nvit_jax.errors import UserError as UserError
     from nvit_jax.latency.roofline import Roofline as Roofline
     from nvit_jax.latency.table import LatencyTable as LatencyTable
     from nvit_jax.latency.timing import Measurement as Measurement
-    from nvit_jax.library.benchmark import benchmark as benchmark
-    from nvit_jax.library.benchmark import measure_latency as measure_latency
-    from nvit_jax.library.data import load_dataset as load_dataset
-    from nvit_jax.library.evaluate import evaluate as evaluate
-    from nvit_jax.library.export import export as export
-    from nvit_jax.library.finetune import finetune as finetune
-    from nvit_jax.library.models import convert as convert
-    from nvit_jax.library.models import load as load
-    from nvit_jax.library.models import load_classifier as load_classifier
-    from nvit_jax.library.models import reshape as reshape
-    from nvit_jax.library.prune import prune as prune
-    from nvit_jax.library.pruner import Pruned as Pruned
-    from nvit_jax.library.recipe import Recipe as Recipe
-    from nvit_jax.library.saliency import rank as rank
-    from nvit_jax.library.saliency import saliency as saliency
-    from nvit_jax.library.targets import Choice as Choice
     from nvit_jax.model.dims import Units as Units
     from nvit_jax.model.dims import ViTDims as ViTDims
     from nvit_jax.model.dims import preset as preset
@@ -54,17 +54,17 @@ else:
         "latency.roofline": ("Roofline",),
         "latency.table": ("LatencyTable",),
         "latency.timing": ("Measurement",),
-        "library.benchmark": ("benchmark", "measure_latency"),
-        "library.data": ("load_dataset",),
-        "library.evaluate": ("evaluate",),
-        "library.export": ("export",),
-        "library.finetune": ("finetune",),
-        "library.models": ("convert", "load", "load_classifier", "reshape"),
-        "library.prune": ("prune",),
-        "library.pruner": ("Pruned",),
-        "library.recipe": ("Recipe",),
-        "library.saliency": ("rank", "saliency"),
-        "library.targets": ("Choice",),
+        "api.benchmark": ("benchmark", "measure_latency"),
+        "api.data": ("load_dataset",),
+        "api.evaluate": ("evaluate",),
+        "api.export": ("export",),
+        "api.finetune": ("finetune",),
+        "api.models": ("convert", "load", "load_classifier", "reshape"),
+        "api.prune": ("prune",),
+        "api.pruner": ("Pruned",),
+        "api.recipe": ("Recipe",),
+        "api.saliency": ("rank", "saliency"),
+        "api.targets": ("Choice",),
         "model.dims": ("Units", "ViTDims", "preset"),
         "model.directory": ("Model", "load_model", "save_model"),
         "pruning.loop": ("Plan",),

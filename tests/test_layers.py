@@ -9,7 +9,7 @@ import nvit_jax
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
 # A module imports from its own wing and from those before it. The ground, three files, is open to everybody.
 GROUND = ("errors", "parallel", "files")
-WINGS = ("model", "training", "data", "latency", "pruning", "formats", "library", "run")
+WINGS = ("model", "training", "data", "latency", "pruning", "formats", "api", "run")
 
 
 def modules():

@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from nvit_jax.api.recipe import Recipe
+from nvit_jax.api.targets import check_without_latency, reachable_targets
+from nvit_jax.api.trainer import Trainer
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.data.feed import Draws, SplitFeed, make_feed
 from nvit_jax.errors import UserError
 from nvit_jax.latency.sources import Milliseconds
-from nvit_jax.library.recipe import Recipe
-from nvit_jax.library.targets import reachable_targets
-from nvit_jax.library.trainer import Trainer
-from nvit_jax.model.dims import ViTDims, count_macs
+from nvit_jax.model.dims import ViTDims
 from nvit_jax.parallel import Parallel, any_process
-from nvit_jax.pruning.ranking import smallest_dims
 from nvit_jax.pruning.rules import ranker
 from nvit_jax.pruning.scoring import make_score_step
 from nvit_jax.run import writes
@@ -151,16 +150,16 @@ def check_prune(view: View) -> None:
 
 def _check_targets(p: ConfigDict, dims: ViTDims, predict: Milliseconds | None, *, measured_later: bool) -> None:
     """What a latency that is yet to be measured allows cannot be told; all else can."""
-    limits = rules.limits(p, latency=measured_later or predict is not None)
-    policy = rules.choice(p).policy(count_macs if measured_later else predict)
+    limits, choice, plan = (
+        rules.limits(p, latency=measured_later or predict is not None),
+        rules.choice(p),
+        rules.plan(p),
+    )
     if measured_later:
-        limits = dataclasses.replace(limits, latency=None, max_ms=None)
-    if any(value is not None for value in dataclasses.asdict(limits).values()):
-        targets = reachable_targets(limits, policy, dims, predict)
-    else:
-        targets = []
-        smallest_dims(dims, policy)
-    ranker(dims, policy, targets, rules.plan(p))
+        check_without_latency(limits, choice, plan, dims)
+        return
+    policy = choice.policy(predict)
+    ranker(dims, policy, reachable_targets(limits, policy, dims, predict), plan)
 
 
 # ------------------------------------------------------------------------------------------------- the rest

@@ -13,10 +13,10 @@ from sources import nchw
 
 import convert_deit_weights
 from nvit_jax import load_classifier, load_model, save_model
+from nvit_jax.api.teachers import fit_teacher
 from nvit_jax.errors import UserError
 from nvit_jax.formats import torch_regnet
 from nvit_jax.formats.convert import convert
-from nvit_jax.library.teachers import fit_teacher
 from nvit_jax.model.directory import Model, save_regnet
 from nvit_jax.model.groups import flatten
 from nvit_jax.model.preprocessing import Preprocessing

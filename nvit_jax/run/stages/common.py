@@ -9,12 +9,12 @@ import jax
 from ml_collections import ConfigDict
 
 import nvit_jax
+from nvit_jax.api.recipe import Recipe
+from nvit_jax.api.teachers import fit_teacher
 from nvit_jax.data import datasets
 from nvit_jax.data.augmentation import Augment
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import UserError, renamed
-from nvit_jax.library.recipe import Recipe
-from nvit_jax.library.teachers import fit_teacher
 from nvit_jax.model.dims import ViTDims, preset
 from nvit_jax.model.directory import Model, load_classifier, load_model
 from nvit_jax.model.preprocessing import Preprocessing

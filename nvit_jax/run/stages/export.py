@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from nvit_jax.api.export import export
 from nvit_jax.errors import renamed
-from nvit_jax.library.export import export
 from nvit_jax.model.directory import load_model
 from nvit_jax.run.stages.common import Run, dense_model
 

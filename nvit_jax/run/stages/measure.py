@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from nvit_jax.api.evaluate import evaluate
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import renamed
 from nvit_jax.files import read_json, write_json
@@ -10,7 +11,6 @@ from nvit_jax.latency import table as latency
 from nvit_jax.latency import timing
 from nvit_jax.latency.table import Grid, LatencyTable
 from nvit_jax.latency.timing import Time
-from nvit_jax.library.evaluate import evaluate
 from nvit_jax.model.dims import ViTDims, count_macs, count_params
 from nvit_jax.model.directory import Model, load_model
 from nvit_jax.parallel import is_main, wait_for_all

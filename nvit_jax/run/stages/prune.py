@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from nvit_jax.api.prune import prune
+from nvit_jax.api.pruner import Pruned, cut
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.files import read_json, saving, write_json
 from nvit_jax.latency import timing
 from nvit_jax.latency.sources import Latency, of_another_device, source
 from nvit_jax.latency.timing import Measurement
-from nvit_jax.library.prune import prune
-from nvit_jax.library.pruner import Pruned, cut
 from nvit_jax.model.dims import Units, ViTDims, count_macs
 from nvit_jax.model.directory import Model, save_model
 from nvit_jax.model.masks import full_masks

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from nvit_jax.api.targets import NAMES, Choice, Limits
 from nvit_jax.errors import UserError, renamed
 from nvit_jax.latency.roofline import Roofline
 from nvit_jax.latency.sources import Latency, check_latency, of_another_device, read_latency
 from nvit_jax.latency.table import LatencyTable
 from nvit_jax.latency.timing import Measurement, device_name
-from nvit_jax.library.targets import NAMES, Choice, Limits
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.pruning.loop import Plan
 from nvit_jax.pruning.scoring import Scoring

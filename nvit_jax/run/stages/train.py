@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from nvit_jax.api.finetune import finetune as finetune_model
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import UserError
-from nvit_jax.library.finetune import finetune as finetune_model
 from nvit_jax.model import vit
 from nvit_jax.model.dims import count_macs, count_params
 from nvit_jax.model.directory import Model, load_model, save_model

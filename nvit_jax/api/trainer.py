@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import optax
 
+from nvit_jax.api.recipe import Recipe
 from nvit_jax.data.feed import Draws, Feed, Reader, SplitFeed
 from nvit_jax.data.mixing import prepare
-from nvit_jax.library.recipe import Recipe
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model
 from nvit_jax.model.groups import Params

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nvit_jax.api.arguments import checked
 from nvit_jax.errors import UserError
 from nvit_jax.latency import timing
 from nvit_jax.latency.table import Grid, LatencyTable, measure_table
 from nvit_jax.latency.timing import Measurement
-from nvit_jax.library.arguments import checked
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model
 from nvit_jax.pruning.ranking import group_sizes

@@ -90,6 +90,19 @@ def test_mistakes_are_value_errors_about_the_callers_argument(digits_model, digi
             quiet(nvit.prune, digits_model, digits, **arguments)
 
 
+def test_a_mistake_is_found_before_a_latency_is_measured(digits_model, digits, monkeypatch):
+    monkeypatch.setattr("nvit_jax.api.prune.measure_latency", lambda *a, **k: pytest.fail("measured"))
+    for arguments, words in (
+        ({"latency": 1.5}, r"^latency=1.5: it must be in \(0, 1\]"),
+        ({"latency": 0.5, "macs": 0.001}, "^macs=0.001 cannot be met"),
+        ({"latency": 0.5, "kinds": ("mpl",)}, "^kinds: unknown kind 'mpl'"),
+        ({"latency": 0.5, "protect": (5,)}, "^protect: there is no block 5"),
+        ({"latency": 0.5, "rule": "solve", "method": "iterative"}, '^rule="solve" solves for a target'),
+    ):
+        with pytest.raises(nvit.UserError, match=words):
+            quiet(nvit.prune, digits_model, digits, **arguments)
+
+
 # ---------------------------------------------------------------------------------------------- models
 
 

@@ -2,10 +2,10 @@
 
 import re
 
+from nvit_jax.api.arguments import checked
 from nvit_jax.data import datasets
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import UserError
-from nvit_jax.library.arguments import checked
 from nvit_jax.model.preprocessing import Preprocessing
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nvit_jax.api.arguments import checked
+from nvit_jax.api.prune import scoring_of
+from nvit_jax.api.pruner import Pruner, Setup
+from nvit_jax.api.recipe import Loss, Recipe
+from nvit_jax.api.targets import Choice, Limits, check_images, choice_of, find_latency, reachable_targets
 from nvit_jax.data.feed import make_feed
 from nvit_jax.errors import UserError
-from nvit_jax.library.arguments import checked, only_recipe
-from nvit_jax.library.prune import scoring_of
-from nvit_jax.library.pruner import Pruner, Setup
-from nvit_jax.library.recipe import Loss, Recipe
-from nvit_jax.library.targets import Choice, Limits, check_images, find_latency, reachable_targets
 from nvit_jax.model.dims import KINDS, Units
 from nvit_jax.model.directory import Model
 from nvit_jax.model.masks import full_masks
@@ -80,11 +80,7 @@ def rank(
     `nvit.reshape(model, found.masks)` makes the small model. The arguments are those of `prune`. A masked model is
     ranked from its masks on. Raises UserError.
     """
-    if isinstance(rule, Choice):
-        only_recipe(rank, ("kinds", "protect", "profile", "floors"), (kinds, protect, profile, floors))
-        choice = rule
-    else:
-        choice = Choice(rule=rule, kinds=kinds, protect=protect, profile=profile, floors=floors)
+    choice = choice_of(rank, rule, kinds, protect, profile, floors)
     limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
     if limits.need_latency and latency_table is None:
         raise UserError(" is needed for a limit on latency; nvit.measure_latency(model) makes one", "latency_table")

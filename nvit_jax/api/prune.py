@@ -5,15 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvit_jax.api.arguments import checked
+from nvit_jax.api.benchmark import measure_latency
+from nvit_jax.api.pruner import Pruned, Pruner, Setup
+from nvit_jax.api.recipe import Loss, Recipe
+from nvit_jax.api.recording import open_monitor
+from nvit_jax.api.targets import (
+    Choice,
+    Limits,
+    check_images,
+    check_without_latency,
+    choice_of,
+    find_latency,
+    reachable_targets,
+)
 from nvit_jax.data.feed import make_feed
 from nvit_jax.errors import UserError
 from nvit_jax.latency.timing import Measurement
-from nvit_jax.library.arguments import checked, only_recipe
-from nvit_jax.library.benchmark import measure_latency
-from nvit_jax.library.pruner import Pruned, Pruner, Setup
-from nvit_jax.library.recipe import Loss, Recipe
-from nvit_jax.library.recording import open_monitor
-from nvit_jax.library.targets import Choice, Limits, check_images, find_latency, reachable_targets
 from nvit_jax.model.dims import KINDS
 from nvit_jax.model.directory import Model
 from nvit_jax.pruning.loop import Plan, Pruning
@@ -87,11 +95,7 @@ def prune(
     """
     limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
     plan = method if isinstance(method, Plan) else Plan(method=method)
-    if isinstance(rule, Choice):
-        only_recipe(prune, ("kinds", "protect", "profile", "floors"), (kinds, protect, profile, floors))
-        choice = rule
-    else:
-        choice = Choice(rule=rule, kinds=kinds, protect=protect, profile=profile, floors=floors)
+    choice = choice_of(prune, rule, kinds, protect, profile, floors)
     scoring = scoring_of(criterion, loss, batch)
     recipe = _recipe(training, model, loss, seed)
     check_images(images)
@@ -102,6 +106,7 @@ def prune(
         measure = Measurement(batch=measure)
 
     def measured() -> Any:
+        check_without_latency(limits, choice, plan, model.dims)
         return measure_latency(model, batch=measure.batch if measure else 32, profile=choice.profile, progress=progress)
 
     table = find_latency(latency_table, model, measured if limits.need_latency else None)

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from nvit_jax.api.evaluate import evaluator
+from nvit_jax.api.recipe import Recipe
+from nvit_jax.api.trainer import Trainer, peak_memory, usual_batch
 from nvit_jax.data.feed import Draws, Feed, Reader
 from nvit_jax.errors import UserError
 from nvit_jax.latency import timing
 from nvit_jax.latency.sources import Milliseconds, source
 from nvit_jax.latency.timing import Measurement
-from nvit_jax.library.evaluate import evaluator
-from nvit_jax.library.recipe import Recipe
-from nvit_jax.library.trainer import Trainer, peak_memory, usual_batch
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.model.directory import Model

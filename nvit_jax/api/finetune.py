@@ -8,15 +8,15 @@ from typing import Any
 
 import optax
 
+from nvit_jax.api.arguments import checked, only_recipe
+from nvit_jax.api.evaluate import evaluator
+from nvit_jax.api.recipe import Loss, Recipe
+from nvit_jax.api.recording import open_monitor
+from nvit_jax.api.trainer import Trainer, cost, trained
 from nvit_jax.data.augmentation import Augment
 from nvit_jax.data.feed import Feed, make_feed
 from nvit_jax.errors import UserError
 from nvit_jax.files import read_json, recover
-from nvit_jax.library.arguments import checked, only_recipe
-from nvit_jax.library.evaluate import evaluator
-from nvit_jax.library.recipe import Loss, Recipe
-from nvit_jax.library.recording import open_monitor
-from nvit_jax.library.trainer import Trainer, cost, trained
 from nvit_jax.model.dims import count_params
 from nvit_jax.model.directory import Model, load_model, save_model
 from nvit_jax.model.groups import Params

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from nvit_jax.api.arguments import checked
 from nvit_jax.data.feed import Feed, make_feed
 from nvit_jax.errors import UserError
-from nvit_jax.library.arguments import checked
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.directory import Model

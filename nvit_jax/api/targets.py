@@ -5,11 +5,14 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nvit_jax.api.arguments import only_recipe
 from nvit_jax.errors import UserError, check_choice, renamed
 from nvit_jax.latency.sources import Milliseconds, check_latency, read_latency
-from nvit_jax.model.dims import KINDS, ViTDims
+from nvit_jax.model.dims import KINDS, ViTDims, count_macs
 from nvit_jax.model.directory import Model
-from nvit_jax.pruning.ranking import Policy, Target, check_reachable, group_sizes, make_targets
+from nvit_jax.pruning.loop import Plan
+from nvit_jax.pruning.ranking import Policy, Target, check_reachable, group_sizes, make_targets, smallest_dims
+from nvit_jax.pruning.rules import ranker
 
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
 # The arguments' names -> those of ranking.make_targets.
@@ -83,6 +86,36 @@ class Choice:
                 eta=self.eta,
                 latency=latency,
             )
+
+
+def choice_of(
+    function: Callable[..., Any],
+    rule: str | Choice,
+    kinds: Sequence[str],
+    protect: Sequence[int],
+    profile: str,
+    floors: Mapping[str, int] | None,
+) -> Choice:
+    """The Choice that arguments of `function` make. UserError when `rule` is one and another is given beside it."""
+    if isinstance(rule, Choice):
+        only_recipe(function, ("kinds", "protect", "profile", "floors"), (kinds, protect, profile, floors))
+        return rule
+    return Choice(rule=rule, kinds=kinds, protect=protect, profile=profile, floors=floors)
+
+
+def check_without_latency(limits: Limits, choice: Choice, plan: Plan, dims: ViTDims) -> None:
+    """UserError for all that can be told before a latency is measured, which takes minutes."""
+    policy = choice.policy(count_macs)
+    rest = dataclasses.replace(limits, latency=None, max_ms=None)
+    if any(value is not None for value in dataclasses.asdict(rest).values()):
+        reachable_targets(rest, policy, dims, None)
+    else:
+        smallest_dims(dims, policy)
+    for name in ("latency", "max_ms"):
+        value = getattr(limits, name)
+        if value is not None:
+            dataclasses.replace(Limits(), **{name: value}).targets(dims, count_macs)
+    ranker(dims, policy, [], plan)
 
 
 def find_latency(given: Any, model: Model, measure: Callable[[], Milliseconds] | None = None) -> Milliseconds | None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from nvit_jax.api.arguments import checked
 from nvit_jax.errors import UserError
 from nvit_jax.formats.convert import Options, convert_checkpoint
 from nvit_jax.formats.convert import convert as convert_in_memory
 from nvit_jax.formats.weights import find_weights
-from nvit_jax.library.arguments import checked
 from nvit_jax.model.dims import Units
 from nvit_jax.model.directory import Model
 from nvit_jax.model.directory import load_classifier as load_directory

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nvit_jax.api.arguments import checked
 from nvit_jax.errors import UserError, check_choice
 from nvit_jax.formats.export import DTYPES, FORMATS, export_model
-from nvit_jax.library.arguments import checked
 from nvit_jax.model.directory import Model
 
 
