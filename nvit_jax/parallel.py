@@ -172,3 +172,11 @@ class Parallel:
             return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, lies(x.shape)), found)
 
         return jax.jit(spread)
+
+    def compile_walk(self, step: Callable[..., Any], *, rows: bool) -> Callable[..., Any]:
+        """Compile `step(state, batch)` for batches that stay on the devices; "jit" alone.
+
+        What it returns lies in rows, as the batch does, or whole on every device.
+        """
+        whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
+        return jax.jit(step, in_shardings=(whole, parts), out_shardings=parts if rows else whole)

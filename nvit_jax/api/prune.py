@@ -18,6 +18,7 @@ from nvit_jax.api.targets import (
     choice_of,
     find_latency,
     reachable_targets,
+    usual_criterion,
 )
 from nvit_jax.data.feed import make_feed
 from nvit_jax.errors import UserError
@@ -42,11 +43,12 @@ def prune(
     max_macs: float | None = None,
     max_params: float | None = None,
     max_ms: float | None = None,
-    criterion: str | Scoring = "fisher",
+    criterion: str | Scoring | None = None,
     method: str | Plan = "one_shot",
-    rule: str | Choice = "per_cost",
+    rule: str | Choice | None = None,
+    compensate: bool | None = None,
     loss: Loss | None = None,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
     protect: Sequence[int] = (),
     profile: str = "cpu",
     floors: Mapping[str, int] | None = None,
@@ -68,11 +70,14 @@ def prune(
       macs, params, latency: what the small model may cost, as a ratio in (0, 1] to `model`.
       max_macs, max_params, max_ms: the same as absolute numbers: an image's MACs, parameters, milliseconds of a batch
         of the latency table. Every limit that is given holds in the end.
-      criterion: "fisher", "hvp", "obd", "taylor", "hvp_joint", "magnitude", "random", or a `nvit.Scoring`.
-      method: "one_shot" removes everything at once and trains nothing; "gradual" prunes in steps and trains between
-        them; "iterative" (NViT) removes a few groups at a time. Or a `nvit.Plan`.
-      rule: "per_cost" removes the group with the least score for the cost that it saves; "solve" finds the widths with
-        the least sum of scores; "eta" and "nvit" are NViT's. Or a `nvit.Choice`.
+      criterion: "obs" (usual for one_shot), "fisher" (usual otherwise), "hvp", "obd", "taylor", "hvp_joint",
+        "magnitude", "random", or a `nvit.Scoring`.
+      method: "one_shot" removes everything at once without a gradient step; "gradual" prunes in steps and trains
+        between them; "iterative" (NViT) removes a few groups at a time. Or a `nvit.Plan`.
+      rule: "per_cost" (usual) removes the group with the least score for the cost that it saves; "solve" (usual for
+        obs) finds the widths with the least sum of scores; "eta" and "nvit" are NViT's. Or a `nvit.Choice`.
+      compensate: fit the weights that stay anew, so that they make good for what goes; usual for one_shot, and possible
+        there alone. Where it does worse than no compensation on held-back images, it says so and the weights stay.
       loss: your own, (logits [B, C], batch) -> [B]. It is a function of the logits and not of the parameters: the
         library makes the masked forward pass itself, since a loss that forgot the masks would score every unit 0.
       kinds, protect, profile, floors: which kinds of units may go, blocks that stay whole, the sizes of the groups that
@@ -95,8 +100,11 @@ def prune(
     """
     limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
     plan = method if isinstance(method, Plan) else Plan(method=method)
-    choice = choice_of(prune, rule, kinds, protect, profile, floors)
+    if criterion is None:
+        criterion = usual_criterion(plan.method)
     scoring = scoring_of(criterion, loss, batch)
+    choice = choice_of(prune, rule, kinds, protect, profile, floors).usual(scoring.criterion)
+    check_method(plan, scoring, choice, compensate)
     recipe = _recipe(training, model, loss, seed)
     check_images(images)
     model = model.compact()
@@ -121,11 +129,27 @@ def prune(
         latency=table,
         measurement=measure,
         images=images,
+        compensate=not plan.trains if compensate is None else compensate,
+        turned=scoring.criterion == "obs",
     )
     with open_monitor(progress, directory, "prune", None, (model, limits, plan, choice, scoring, recipe)) as monitor:
         found = Pruner(model, feed, held, setup, monitor).run(callback)
     asked = {name: value for name, value in dataclasses.asdict(limits).items() if value is not None}
     return dataclasses.replace(found, record={"asked": asked} | found.record)
+
+
+def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool | None) -> None:
+    """UserError for a method that cannot do what is asked for."""
+    if plan.trains and compensate:
+        raise UserError('=True goes with method="one_shot"; otherwise training makes good for what goes', "compensate")
+    if scoring.criterion != "obs":
+        return
+    if plan.trains:
+        raise UserError('="obs" goes with method="one_shot"; "fisher" goes with every method', "criterion")
+    if scoring.usual_loss == "mix":
+        raise UserError('="obs" takes the losses drawn, labels and own', "criterion")
+    if "embed" in (choice.kinds or ()):
+        raise UserError(f': "obs" has no scores for embed, only for {", ".join(KINDS[1:])}', "kinds")
 
 
 def scoring_of(criterion: str | Scoring, loss: Loss | None, batch: int | None) -> Scoring:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax.api.evaluate import evaluator
@@ -25,11 +26,15 @@ from nvit_jax.model.preprocessing import normalise
 from nvit_jax.parallel import check_same, fetch
 from nvit_jax.pruning import saliency, scoring
 from nvit_jax.pruning.loop import Plan, PruneState, Pruning, Task, new_prune_state, prune_loop
+from nvit_jax.pruning.one_shot import OneShot, calibration_images
 from nvit_jax.pruning.ranking import Ranking, Target
 from nvit_jax.pruning.rules import Ranker
 from nvit_jax.pruning.scoring import BatchScores, Scoring, make_score_step
+from nvit_jax.pruning.statistics import Walk
 from nvit_jax.training import distill, optim
+from nvit_jax.training.losses import Objective, objective_loss
 from nvit_jax.training.monitor import Monitor, Recorder, read_lines
+from nvit_jax.training.optim import zero_removed
 
 _COMPARED = 64  # images that the masked and the compact model are compared on
 
@@ -46,6 +51,8 @@ class Setup:
     latency: Milliseconds | None = None
     measurement: Measurement | None = None
     images: int | None = None
+    compensate: bool = False  # one_shot: the weights that stay make good for what goes
+    turned: bool = False  # one_shot: units are scored, and go, in other bases (the criterion obs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Pruner:
         self.scores: Units | None = None
         self._told: Callable[[Pruning], None] | None = None
         self._reader: Reader | None = None
+        self.check: dict[str, Any] = {"compensated": False}  # what compensation found
         self._evaluate = None
         if held is not None:
             batch = 4 * self.trainer.batch
@@ -99,10 +107,12 @@ class Pruner:
         elif plain:
             drop_path = 0.0
         teacher = recipe.label_teacher
+        train = self.trainer.compiled(self.optimizer, objective=objective, drop_path=drop_path)
+        if self.setup.turned:
+            return train, _no_training
         score = make_score_step(
             self.dims, self.setup.scoring, objective, label_teacher=teacher.logits if teacher else None
         )
-        train = self.trainer.compiled(self.optimizer, objective=objective, drop_path=drop_path)
         return train, self.trainer.compiled_plain(score)
 
     # ------------------------------------------------------------------------------------- the loop's work
@@ -128,9 +138,37 @@ class Pruner:
 
     def score(self, state: distill.TrainState, pruning: int) -> Units:
         plan = self.setup.plan
+        if self.setup.turned:
+            return self._one_shot.score()
         if self.setup.scoring.from_training:
             return scoring.from_training(state, plan.interval if pruning else plan.warmup)
         return self._from_batches(self.trainer.inputs(state), pruning)
+
+    @functools.cached_property
+    def _one_shot(self) -> OneShot:
+        """The calibration on its images."""
+        setup, chosen = self.setup, self.setup.scoring
+        given = chosen.usual_loss in ("labels", "own") and setup.turned
+        limit = setup.images
+        if limit is None and chosen.batch and chosen.batches:
+            limit = chosen.batch * chosen.batches
+        seed = (setup.recipe.seed, setup.recipe.stream, 1)
+        labels = given and chosen.usual_loss == "labels"
+        images = calibration_images(self.feed, limit, chosen.batch, seed, self.monitor, labels=labels)
+        objective = Objective(own=setup.recipe.objective.own) if chosen.usual_loss == "own" else Objective()
+        loss = (lambda logits, batch: objective_loss(objective, logits, batch)[0]) if given else None
+        walk = Walk(self.dims, images, self.feed.normalise)
+        return OneShot.begin(walk, fetch(self.model.params), setup.recipe.seed, loss, self.monitor)
+
+    def remove(self, state: distill.TrainState, masks: Units) -> distill.TrainState:
+        params, found = state.params, masks
+        if self.setup.compensate:
+            params, found, self.check = self._one_shot.compensate(masks)
+            check_same((params, found), "compensated weights")
+        elif self.setup.turned:
+            params = self._one_shot.ready
+        placed = Units(*(jnp.asarray(m) for m in found))
+        return state._replace(params=params, masks=placed, opt_state=zero_removed(state.opt_state, placed))
 
     def train(self, state: PruneState, until: int) -> distill.TrainState:
         recipe, step = self.setup.recipe, self.steps[int(state.prunings) > 0][0]
@@ -175,7 +213,7 @@ class Pruner:
         with setup.recipe.precision(), monitor.progress(total, first), contextlib.ExitStack() as stack:
             if plan.trains:
                 self._reader = stack.enter_context(self.trainer.reader(0))
-            if not setup.scoring.from_training:
+            if not (setup.scoring.from_training or setup.turned):
                 stack.callback(self.close)
             state = prune_loop(state, task, self, monitor)
         masked, small = cut(state.train, self.model)
@@ -198,6 +236,7 @@ class Pruner:
             "criterion": self.setup.scoring.criterion,
             "method": self.setup.plan.method,
             "prunings": int(state.prunings),
+            **self.check,
             "removed": _removed(dims, now),
             "dims": now.to_json(),
             "macs_ratio": count_macs(now) / count_macs(dims),

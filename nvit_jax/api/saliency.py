@@ -10,7 +10,7 @@ from nvit_jax.api.recipe import Loss, Recipe
 from nvit_jax.api.targets import Choice, Limits, check_images, choice_of, find_latency, reachable_targets
 from nvit_jax.data.feed import make_feed
 from nvit_jax.errors import UserError
-from nvit_jax.model.dims import KINDS, Units
+from nvit_jax.model.dims import Units
 from nvit_jax.model.directory import Model
 from nvit_jax.model.masks import full_masks
 from nvit_jax.pruning.loop import Plan
@@ -42,6 +42,8 @@ def saliency(
     """
     monitor = progress if isinstance(progress, Monitor) else Console("saliency") if progress else Monitor()
     check_images(images)
+    if (criterion.criterion if isinstance(criterion, Scoring) else criterion) == "obs":
+        raise UserError('="obs" scores the units of a model in another basis; nvit.prune makes both', "criterion")
     model = model.compact()
     feed = make_feed(batches, model.dims, model.preprocessing)
     recipe = Recipe(objective=Objective(own=loss), seed=seed, stream=2, parallel=parallel)
@@ -68,8 +70,8 @@ def rank(
     max_macs: float | None = None,
     max_params: float | None = None,
     max_ms: float | None = None,
-    rule: str | Choice = "per_cost",
-    kinds: Sequence[str] = KINDS,
+    rule: str | Choice | None = None,
+    kinds: Sequence[str] | None = None,
     protect: Sequence[int] = (),
     profile: str = "cpu",
     floors: Mapping[str, int] | None = None,
@@ -80,7 +82,7 @@ def rank(
     `nvit.reshape(model, found.masks)` makes the small model. The arguments are those of `prune`. A masked model is
     ranked from its masks on. Raises UserError.
     """
-    choice = choice_of(rank, rule, kinds, protect, profile, floors)
+    choice = choice_of(rank, rule, kinds, protect, profile, floors).usual("")
     limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
     if limits.need_latency and latency_table is None:
         raise UserError(" is needed for a limit on latency; nvit.measure_latency(model) makes one", "latency_table")

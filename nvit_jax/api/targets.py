@@ -14,6 +14,7 @@ from nvit_jax.pruning.loop import Plan
 from nvit_jax.pruning.ranking import Policy, Target, check_reachable, group_sizes, make_targets, smallest_dims
 from nvit_jax.pruning.rules import ranker
 
+OBS_KINDS = ("qk", "v", "mlp")  # that the criterion obs removes where nothing else is said
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
 # The arguments' names -> those of ranking.make_targets.
 NAMES = {
@@ -57,16 +58,23 @@ class Limits:
 class Choice:
     """Which units may go, in which groups, by which rule."""
 
-    rule: str = "per_cost"
-    kinds: Sequence[str] = KINDS
+    rule: str | None = None  # None: "solve" for the criterion obs, else "per_cost"
+    kinds: Sequence[str] | None = None  # None: all that the criterion has scores for
     protect: Sequence[int] = ()  # blocks whose own units stay
     profile: str = "cpu"  # sizes of the groups: nvit cpu gpu tpu
     floors: Mapping[str, int] | None = None  # units that stay of each kind in each block; None: FLOORS
     align: str = "per_head"  # or "shared": one query/key and value index for all heads of a block (NViT)
     eta: float = 5e-4  # of the rules "eta" (per millisecond) and "nvit" (per second)
 
+    def usual(self, criterion: str) -> "Choice":
+        """With what is not said as it goes with a criterion."""
+        obs = criterion == "obs"
+        kinds = (OBS_KINDS if obs else KINDS) if self.kinds is None else self.kinds
+        return dataclasses.replace(self, rule=self.rule or ("solve" if obs else "per_cost"), kinds=kinds)
+
     def policy(self, latency: Milliseconds | None) -> Policy:
-        """Raises UserError for names and numbers that are none."""
+        """Raises UserError for names and numbers that are none. `usual` goes first."""
+        assert self.rule is not None and self.kinds is not None
         check_choice("profile", self.profile, ("nvit", "cpu", "gpu", "tpu"))
         sizes = group_sizes(self.profile)
         if isinstance(self.kinds, str):
@@ -88,10 +96,15 @@ class Choice:
             )
 
 
+def usual_criterion(method: str) -> str:
+    """What scores where nothing is said: "obs" before compensation, "fisher" before training."""
+    return "obs" if method == "one_shot" else "fisher"
+
+
 def choice_of(
     function: Callable[..., Any],
-    rule: str | Choice,
-    kinds: Sequence[str],
+    rule: str | Choice | None,
+    kinds: Sequence[str] | None,
     protect: Sequence[int],
     profile: str,
     floors: Mapping[str, int] | None,

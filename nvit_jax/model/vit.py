@@ -34,6 +34,8 @@ from nvit_jax.model.layers import (
 )
 
 PARTS = ("attention", "mlp")  # of a block
+PIECES = ("stem", "blocks", "classifier")  # of a model
+TAPS = "taps"  # the collection of what flows inside of a part, see `part`
 
 
 class Block(nn.Module):
@@ -68,11 +70,14 @@ class Block(nn.Module):
             q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
             k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
             v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
+            self.sow(TAPS, "queries", q)
+            self.sow(TAPS, "keys", k)
             logits = jnp.einsum("bqhd,bkhd->bhqk", gate(q, gates.qk) * d.qk_scale, k)
             weights = jax.nn.softmax(logits.astype(wide(logits.dtype))).astype(v.dtype)
             z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
             z = gate(z, gates.v)
             z = z if gates.head is None else gate(z, gates.head[..., None])
+            self.sow(TAPS, "features", z)
             y = dense((d.embed,), axes=2, name="proj")(z)
             x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
 
@@ -80,6 +85,7 @@ class Block(nn.Module):
             y = norm(name="norm2")(x, embed)
             y = dense((d.mlp[i],), name="fc1")(y)
             y = gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+            self.sow(TAPS, "features", y)
             y = dense((d.embed,), name="fc2")(y)
             x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
         return x, None
@@ -88,7 +94,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token).
 
-    Without classes the pooled features [B, T, D] come out.
+    Without classes the pooled features [B, T, D] come out. With some of the PIECES it begins or ends at the residual
+    stream [B, N, D].
     """
 
     dims: ViTDims
@@ -97,7 +104,7 @@ class ViT(nn.Module):
     dtype: Dtype = None
     drop_path: float = 0.0
     dropout: float = 0.0
-    parts: tuple[str, ...] = PARTS
+    pieces: tuple[str, ...] = PIECES
 
     def _stream(self, images: jax.Array) -> jax.Array:
         """Patch embedding, tokens and positions: [B, N, D]."""
@@ -127,11 +134,17 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
-        d = self.dims
         embed = None if masks is None else masks.embed
-        x = gate(self._stream(images), embed)
-        x = dropout(x, None if keys is None else layer_keys(keys, 0), self.dropout)
+        x = images
+        if "stem" in self.pieces:
+            x = gate(self._stream(images), embed)
+            x = dropout(x, None if keys is None else layer_keys(keys, 0), self.dropout)
+        if "blocks" in self.pieces:
+            x = self._blocks(x, masks, embed, keys)
+        return self._classify(x, embed) if "classifier" in self.pieces else x
 
+    def _blocks(self, x: jax.Array, masks: Units | None, embed: jax.Array | None, keys: Any) -> jax.Array:
+        d = self.dims
         block = functools.partial(Block, d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
         gates = None if masks is None else masks._replace(embed=None)
         if self.scan:
@@ -146,10 +159,11 @@ class ViT(nn.Module):
             x, _ = blocks(x, jnp.arange(d.depth), gates, embed, keys)
         else:
             for i in range(d.depth):
-                x, _ = block(i, parts=self.parts, name=f"block_{i}")(
-                    x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys
-                )
+                x, _ = block(i, name=f"block_{i}")(x, i, jax.tree.map(lambda g, i=i: g[i], gates), embed, keys)
+        return x
 
+    def _classify(self, x: jax.Array, embed: jax.Array | None) -> jax.Array:
+        d = self.dims
         norm = LayerNorm(eps=d.norm_eps, dtype=self.dtype, name="norm")
         if not d.norm_after_pool:
             x = norm(x, embed)
@@ -240,6 +254,34 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
     return groups.unflatten(leaves)
 
 
+def stem(dims: ViTDims, params: Params, images: Any, embed: jax.Array | None = None) -> jax.Array:
+    """Images -> the residual stream [B, N, D] in front of the first block. `embed` [D]: its gates."""
+    return _some(dims, ("stem",), params, images, embed)
+
+
+def classify(dims: ViTDims, params: Params, x: jax.Array, embed: jax.Array | None = None) -> jax.Array:
+    """The residual stream [B, N, D] behind the last block -> logits [B, T, C]."""
+    return _some(dims, ("classifier",), params, x, embed)
+
+
+def _some(dims: ViTDims, pieces: tuple[str, ...], params: Params, x: Any, embed: jax.Array | None) -> jax.Array:
+    gates = Units(embed, None, None, None, None)
+    return ViT(dims, scan=False, pieces=pieces).apply({"params": params}, x, gates)  # type: ignore[return-value]
+
+
+def part(
+    dims: ViTDims, name: str, block: Params, x: jax.Array, embed: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One of the PARTS of one block on the stream [B, N, D]: the stream behind it, and what flows inside.
+
+    `block` has the padded widths of `dims`. Inside: "features", what the part's last matrix reads, [B, N, H, V] or
+    [B, N, M]; of attention also "queries" and "keys" [B, N, H, Q].
+    """
+    module = Block(dims.padded(), 0, parts=(name,))
+    (x, _), found = module.apply({"params": block}, x, 0, None, embed, None, mutable=[TAPS])
+    return x, {tap: values[0] for tap, values in found[TAPS].items()}
+
+
 def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax.Array], jax.Array], Params, Any]:
     """What can be timed of a deployed model: a function of params and input, their shapes (the input's for batch 1).
 
@@ -263,7 +305,7 @@ def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax
             return x
 
         return run, params, stream
-    module = ViT(dims, scan=False, dtype=dtype, parts=() if name == "rest" else PARTS)
+    module = ViT(dims, scan=False, dtype=dtype, pieces=("stem", "classifier") if name == "rest" else PIECES)
     images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
     params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
     return lambda p, x: module.apply({"params": p}, x).mean(1), params, images  # type: ignore[union-attr]
@@ -272,3 +314,10 @@ def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax
 def shapes(dims: ViTDims) -> Params:
     """Shapes and types of the parameters (jax.ShapeDtypeStruct), in the per-block layout."""
     return piece(dims, "model", None)[1]
+
+
+def block_shapes(dims: ViTDims, index: int = 0) -> Params:
+    """Shapes and types of one block's parameters."""
+    stream = jax.ShapeDtypeStruct((1, dims.tokens, dims.embed), jnp.float32)
+    block = Block(dims, index)
+    return jax.eval_shape(lambda x: block.init(jax.random.key(0), x, 0, None, None, None)["params"], stream)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax.errors import UserError, check_choice
@@ -21,7 +20,6 @@ from nvit_jax.pruning.ranking import Ranking, Target
 from nvit_jax.pruning.saliency import check_finite
 from nvit_jax.training.distill import Stopped, TrainState
 from nvit_jax.training.monitor import Monitor
-from nvit_jax.training.optim import zero_removed
 
 METHODS = ("one_shot", "gradual", "iterative")
 
@@ -107,6 +105,9 @@ class Work(Protocol):
     def score(self, state: TrainState, pruning: int) -> Units:
         """Scores averaged over that pruning's batches."""
 
+    def remove(self, state: TrainState, masks: Units) -> TrainState:
+        """The train state with these masks, and with weights that make good for what they remove."""
+
     def train(self, state: PruneState, until: int) -> TrainState:
         """The train state at that optimizer step."""
 
@@ -132,8 +133,7 @@ def prune_loop(state: PruneState, task: Task, work: Work, monitor: Monitor) -> P
         met = all(t.holds(ranking.dims) for t in task.targets)
         if not met and ranking.exhausted:
             raise UserError(": no group is left to remove and the targets do not hold; lower the floors", "floors")
-        masks = Units(*(jnp.asarray(m) for m in ranking.masks))
-        trained = state.train._replace(masks=masks, opt_state=zero_removed(state.train.opt_state, masks))
+        trained = work.remove(state.train, ranking.masks)
         state = PruneState(trained, scores, np.int32(pruning + 1), np.bool_(met))
         line = history_line(ranking, task, pruning + 1, int(trained.step)) | {"met": met}
         line |= {f"val_{name}": value for name, value in work.evaluate(trained).items()}

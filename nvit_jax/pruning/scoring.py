@@ -20,10 +20,11 @@ from nvit_jax.training.distill import Inputs, Stopped, TrainState
 from nvit_jax.training.losses import Batch, Objective, draw_labels, objective_loss
 from nvit_jax.training.monitor import Monitor
 
+CRITERIA = ("obs", *saliency.CRITERIA)  # "obs" is no function of a batch, see obs.py
 LOSSES = ("labels", "kl", "mix", "drawn", "own")
 # Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
 # first order takes labels.
-_USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn"}
+_USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn", "obs": "drawn"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Scoring:
 
     loss: "labels"; "kl" to the unpruned model; "mix", the training's objective; "drawn", cross-entropy with labels
     drawn from the unpruned model; "own", a loss of the user's. None is the criterion's usual one: "kl" for hvp, obd and
-    hvp_joint, "drawn" for fisher, "labels" for taylor.
+    hvp_joint, "drawn" for fisher and obs, "labels" for taylor.
     """
 
     criterion: str = "fisher"
@@ -47,10 +48,10 @@ class Scoring:
     from_training: bool = False  # taylor: from the gradients of the training steps since the last pruning (NViT)
 
     def __post_init__(self) -> None:
-        check_choice("criterion", self.criterion, tuple(saliency.CRITERIA))
+        check_choice("criterion", self.criterion, CRITERIA)
         check_choice("loss", self.loss, (None, *LOSSES))
         check_choice("scheme", self.scheme, saliency.SCHEMES)
-        if self.loss == "kl" and self.criterion in ("taylor", "fisher"):
+        if self.loss == "kl" and self.criterion in ("taylor", "fisher", "obs"):
             raise UserError(
                 f'="{self.criterion}" with loss="kl" is 0 at the unpruned model, where the KL has no gradient; take '
                 '"labels", "mix" or "drawn"',

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from nvit_jax.api.prune import check_method
 from nvit_jax.api.recipe import Recipe
 from nvit_jax.api.targets import check_without_latency, reachable_targets
 from nvit_jax.api.trainer import Trainer
@@ -139,7 +140,9 @@ def check_prune(view: View) -> None:
     data.split("val")
     with rules.prune_keys():
         plan, scoring, recipe = rules.plan(p), rules.scoring(p), _recipe(view, dims, data)
-        make_score_step(dims, scoring, recipe.objective)
+        check_method(plan, scoring, rules.choice(p), p.compensate)
+        if scoring.criterion != "obs":
+            make_score_step(dims, scoring, recipe.objective)
         feed, trainer = _trainer(recipe, dims, data)
         if plan.trains:
             feed.reader(trainer.draws()).close()

@@ -9,8 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from nvit_jax.model.dims import KINDS
-
 STAGES = ("pretrain", "latency", "prune", "finetune", "eval", "export", "report", "preview")  # in order
 
 
@@ -94,7 +92,7 @@ def default_config() -> ConfigDict:
     c.latency.repeats = 15  # timings of everything; the median counts
 
     c.prune = prune = ConfigDict()
-    prune.criterion = "fisher"  # hvp obd fisher taylor hvp_joint magnitude random
+    prune.criterion = placeholder(str)  # obs fisher hvp obd taylor hvp_joint magnitude random; None: the mode's usual
     prune.mode = "gradual"  # one_shot gradual iterative
     prune.steps = 8  # prunings of "gradual"
     prune.interval = 100  # optimizer steps between prunings
@@ -114,12 +112,13 @@ def default_config() -> ConfigDict:
     score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
     # per_cost: score / saving; solve: the least score for the target (pruning/allocation.py); eta: score - eta * ms
     # saved; nvit: the released engine's, eta per second (pruning/released.py)
-    prune.rule = "per_cost"
+    prune.rule = placeholder(str)
     prune.eta = 5e-4  # price of a saving: per millisecond for rule "eta", per second for "nvit"
     prune.reset_scores = False  # forget the scores' average after the first pruning (NViT)
     prune.align = "per_head"  # or shared: one query/key and value index for all heads of a block (NViT)
     prune.profile = "cpu"  # group sizes: nvit cpu gpu tpu
-    prune.kinds = KINDS  # what may be removed
+    prune.kinds = placeholder(tuple)  # what may be removed; None: all that the criterion has scores for
+    prune.compensate = placeholder(bool)  # fit the weights that stay anew; None: with one_shot
     prune.protected = ()  # blocks whose units stay
     # Widths that stay in every block (embed: of the model).
     prune.floors = ConfigDict({"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})

@@ -13,8 +13,8 @@ from nvit_jax.model.dims import KINDS
 from nvit_jax.parallel import BACKENDS
 from nvit_jax.pruning.loop import METHODS
 from nvit_jax.pruning.ranking import ALIGNMENTS, PROFILES, RULES
-from nvit_jax.pruning.saliency import CRITERIA, SCHEMES
-from nvit_jax.pruning.scoring import LOSSES
+from nvit_jax.pruning.saliency import SCHEMES
+from nvit_jax.pruning.scoring import CRITERIA, LOSSES
 from nvit_jax.pruning.sparsity import SPARSITY
 from nvit_jax.run.config import STAGES, default_config, flatten_config
 
@@ -75,7 +75,7 @@ VALUES: dict[str, Values] = {
         "must be default, bfloat16, tensorfloat32 or float32",
     ),
     "parallel": one_of(BACKENDS),
-    "compare": each_of(tuple(CRITERIA)),
+    "compare": each_of(CRITERIA),
     "eval.split": one_of(("train", "val", "test")),
     "eval.batch": POSITIVE,
     "data.holdout": unset_or(Values(lambda v: 0 < v < 1, "must be between 0 and 1")),
@@ -107,9 +107,9 @@ VALUES: dict[str, Values] = {
     "prune.steps": at_least(1),
     "prune.groups_per_step": at_least(1),
     **dict.fromkeys((f"prune.floors.{kind}" for kind in KINDS), at_least(1)),
-    "prune.criterion": one_of(tuple(CRITERIA)),
+    "prune.criterion": unset_or(one_of(CRITERIA)),
     "prune.mode": one_of(METHODS),
-    "prune.rule": one_of(RULES),
+    "prune.rule": unset_or(one_of(RULES)),
     "prune.align": one_of(ALIGNMENTS),
     "prune.profile": one_of(tuple(PROFILES)),
     "prune.score.loss": one_of((None, *(name for name in LOSSES if name != "own"))),
@@ -214,7 +214,7 @@ TOGETHER: tuple[Together, ...] = (
     ),
     Together(
         "prune.rule",
-        lambda c: c.prune.rule != "nvit" or (tuple(c.prune.kinds) == KINDS and not c.prune.protected),
+        lambda c: c.prune.rule != "nvit" or (set(c.prune.kinds or KINDS) == set(KINDS) and not c.prune.protected),
         "removes every kind from every block; leave prune.kinds and protected as they are",
     ),
     Together(

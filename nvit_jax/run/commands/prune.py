@@ -55,7 +55,9 @@ def _parser() -> Parser:
     parser.option("--classes", metavar="FILE", help="a class folder's name a line, in the order of the model's labels")
     parser.option("--finetune", metavar="EPOCHS", type=positive, help="distill from the unpruned model afterwards")
     parser.option("--batch", metavar="N", type=at_least_one, help="images in a batch of finetuning (64)")
-    parser.option("--criterion", metavar="NAME", help="fisher (the default), magnitude, taylor, hvp, obd, random, ...")
+    parser.option(
+        "--criterion", metavar="NAME", help="obs (the default), fisher, magnitude, taylor, hvp, obd, random, ..."
+    )
     parser.option("--export", metavar="FORMATS", help="some of safetensors,stablehlo,onnx")
     parser.option("--force", action="store_true", help="do everything anew")
     return parser

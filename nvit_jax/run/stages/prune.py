@@ -51,6 +51,7 @@ def prune_model(run: Run) -> dict[str, Any]:
             criterion=rules.scoring(p),
             method=rules.plan(p),
             rule=rules.choice(p),
+            compensate=p.compensate,
             latency_table=predict,
             training=recipe_of(c, "prune", _objective(run), teacher_of(c, "prune", dense.dims, dataset.preprocessing)),
             evaluate_on=dataset.split("val").some(p.eval_images),
@@ -114,7 +115,7 @@ def _save_pair(place: pathlib.Path, masked: Model, compact: Model, info: dict[st
 
 
 def _info(run: Run, dense: Model, dataset: Dataset) -> dict[str, Any]:
-    facts = {"stage": "prune", "criterion": run.config.prune.criterion, "seed": run.config.seed}
+    facts = {"stage": "prune", "criterion": rules.criterion(run.config.prune), "seed": run.config.seed}
     return model_info(dataset, dense.info.get("variant"), facts | {"from": str(dense_dir(run))})
 
 
@@ -163,7 +164,7 @@ def _result(run: Run, found: Pruned, dataset: Dataset, predict: Latency | None) 
         "masked_vs_compact_max_abs_diff",
         "dims",
     )
-    result = {"criterion": p.criterion, "target": target} | {key: r[key] for key in keys}
+    result = {"criterion": r["criterion"], "target": target} | {key: r[key] for key in keys}
     result |= {
         "latency_source": source(predict),
         "calibration_overlap": dataset.overlap > 0,
@@ -176,7 +177,7 @@ def _result(run: Run, found: Pruned, dataset: Dataset, predict: Latency | None) 
     other = f" ({source(predict)})" if of_another_device(predict) else ""
     predicted = f"predicted x{r['predicted_latency_ratio']:.3f}{other}, " if predict else ""
     stage.say(
-        f"{p.criterion}: asked {asked}; MACs x{r['macs_ratio']:.3f}, params x{r['params_ratio']:.3f}, latency "
+        f"{r['criterion']}: asked {asked}; MACs x{r['macs_ratio']:.3f}, params x{r['params_ratio']:.3f}, latency "
         f"{predicted}measured x{r['latency_ratio']:.3f}, {r['prunings']} prunings, {stage.seconds():.0f} s"
     )
     for ratio in p.snapshots:

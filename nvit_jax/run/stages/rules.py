@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nvit_jax.api.targets import NAMES, Choice, Limits
+from nvit_jax.api.targets import NAMES, Choice, Limits, usual_criterion
 from nvit_jax.errors import UserError, renamed
 from nvit_jax.latency.roofline import Roofline
 from nvit_jax.latency.sources import Latency, check_latency, of_another_device, read_latency
@@ -31,7 +31,10 @@ def prune_keys() -> Iterator[None]:
         "criterion.batch": "config.prune.score.batch",
     }
     names |= {key: f"config.prune.score.{key}" for key in ("scheme", "chunk", "probes", "batches")}
-    names |= {key: f"config.prune.{key}" for key in ("criterion", "rule", "profile", "kinds", "floors", "align", "eta")}
+    names |= {
+        key: f"config.prune.{key}"
+        for key in ("criterion", "rule", "compensate", "profile", "kinds", "floors", "align", "eta")
+    }
     names |= {key: f"config.prune.{key}" for key in ("interval", "steps", "groups_per_step")}
     with keys_of("prune"), renamed(names):
         yield
@@ -61,13 +64,18 @@ def choice(p: ConfigDict) -> Choice:
     """Which units may go, in which groups, by which rule."""
     return Choice(
         rule=p.rule,
-        kinds=tuple(p.kinds),
+        kinds=None if p.kinds is None else tuple(p.kinds),
         protect=tuple(p.protected),
         profile=p.profile,
         floors=dict(p.floors),
         align=p.align,
         eta=p.eta,
-    )
+    ).usual(criterion(p))
+
+
+def criterion(p: ConfigDict) -> str:
+    """By name."""
+    return str(p.criterion or usual_criterion(p.mode))
 
 
 def plan(p: ConfigDict) -> Plan:
@@ -88,7 +96,7 @@ def scoring(p: ConfigDict) -> Scoring:
     """What a score is."""
     s = p.score
     return Scoring(
-        criterion=p.criterion,
+        criterion=criterion(p),
         loss=s.loss,
         batch=s.batch,
         batches=s.batches,

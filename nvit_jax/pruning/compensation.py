@@ -1,0 +1,200 @@
+"""Compensation: the weights that stay are fitted anew, part by part, so that the model computes what it did.
+
+The blocks are walked from the first to the last, with two streams: of the dense model, and of the model that is cut so
+far. In each part the features (value dims, neurons) that stay are chosen on the cut model's own stream, and what they
+write is fitted (leastsquares.py) to what is missing to the dense model's stream behind the part: later parts make good
+for earlier ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax.model.groups import Params
+from nvit_jax.pruning import rebasis
+from nvit_jax.pruning.leastsquares import Fit, fit, removal
+from nvit_jax.pruning.statistics import Sensitivity, Streams, TokenMoments, Walk, padded_block
+
+ORDER = 1e-2  # ridge of the fits that features are chosen by
+TOKENS = 0.25  # power of the tokens' weights in them
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What compensation may choose anew on the cut model's stream; the widths stay those of the masks."""
+
+    values: bool  # the basis of the value dims, of which the first stay
+    neurons: bool  # which neurons of an mlp stay
+
+
+class Compensated(NamedTuple):
+    """A model after `compensate`."""
+
+    params: Params  # of full size; removed rows of the writers are 0
+    masks: Units
+    logits: list[Any]  # of every batch
+
+
+def feature_rows(dims: ViTDims, block: int, name: str) -> np.ndarray:
+    """Which of a part's padded features the block has, as `Walk.gather` counts them."""
+    if name == "mlp":
+        return np.arange(dims.mlp[block])
+    width = max(dims.v)
+    return np.asarray((np.arange(dims.heads[block])[:, None] * width + np.arange(dims.v[block])).reshape(-1))
+
+
+def pick(found: TokenMoments, rows: np.ndarray) -> TokenMoments:
+    """Moments of some of the features."""
+    return TokenMoments(
+        *(
+            one._replace(x=one.x[rows], xx=one.xx[np.ix_(rows, rows)], xy=one.xy[rows]) if one.weight else one
+            for one in found
+        )
+    )
+
+
+def writer(block: Params, name: str) -> tuple[str, np.ndarray, np.ndarray]:
+    """The matrix that writes a part's output: its name, weights [F, D] with LayerScale in them, and that scale [D]."""
+    layer, scale_name = ("proj", "scale1") if name == "attention" else ("fc2", "scale2")
+    kernel = np.asarray(block[layer]["kernel"], np.float64)
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    scale = np.asarray(block[scale_name], np.float64) if scale_name in block else np.ones(kernel.shape[-1])
+    return layer, kernel * scale, scale
+
+
+def written(block: Params, name: str, rows: np.ndarray, found: Fit) -> Params:
+    """The block with fitted weights in these rows of its writer and 0 in the others.
+
+    Where LayerScale is 0, what stands behind it stays as it was.
+    """
+    layer, _, scale = writer(block, name)
+    old = {leaf: np.asarray(value) for leaf, value in block[layer].items()}
+    kernel = np.zeros((old["kernel"].size // len(scale), len(scale)))
+    divisor = np.where(scale == 0, 1.0, scale)
+    kernel[rows] = np.where(scale == 0, old["kernel"].reshape(kernel.shape)[rows], found.weights / divisor)
+    bias = np.where(scale == 0, old["bias"], found.bias / divisor)
+    new = {"kernel": kernel.reshape(old["kernel"].shape), "bias": bias}
+    return block | {layer: {leaf: new[leaf].astype(old[leaf].dtype) for leaf in old}}
+
+
+def masked_block(block: Params, masks: Units, index: int) -> Params:
+    """A block without what its masks remove: the queries and keys, and the rows of its writers, are 0."""
+
+    def at(kind: str, shape: tuple[int, ...]) -> Any:
+        return getattr(masks, kind)[index][tuple(slice(0, n) for n in shape)]
+
+    out = {name: dict(leaves) if isinstance(leaves, dict) else leaves for name, leaves in block.items()}
+    heads, qk = out["q"]["kernel"].shape[1:]
+    values = out["proj"]["kernel"].shape[1]
+    for name in ("q", "k"):
+        out[name] = {leaf: np.asarray(value * at("qk", (heads, qk))) for leaf, value in out[name].items()}
+    live = at("head", (heads,))[:, None] * at("v", (heads, values))
+    out["proj"]["kernel"] = np.asarray(out["proj"]["kernel"] * live[..., None])
+    out["fc2"]["kernel"] = np.asarray(out["fc2"]["kernel"] * at("mlp", out["fc2"]["kernel"].shape[:1])[:, None])
+    return out
+
+
+def value_features(bases: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """[H V, F] that map value dims to those that are kept in their bases [H, V, V]; live [H, V]."""
+    heads, width = live.shape
+    columns = []
+    for head in range(heads):
+        block = np.zeros((heads * width, int(live[head].sum())))
+        block[head * width : (head + 1) * width] = bases[head][:, live[head] > 0]
+        columns.append(block)
+    return np.concatenate(columns, 1)
+
+
+def compensate(
+    walk: Walk,
+    dense: Params,
+    params: Params,
+    masks: Units,
+    felt: list[Sensitivity],
+    chosen: Chosen,
+    *,
+    use_held: bool,
+    told: Callable[[int], None] = lambda done: None,
+) -> Compensated:
+    """Walk through the model and fit every part to what the dense one has behind it.
+
+    Args:
+      dense: the model as it was, in any basis; `params` the same function in the basis of the masks.
+      use_held: held-back images are fitted to as well, once they have chosen the ridge.
+      told: hears of every block that is done.
+    """
+    dims = walk.dims
+    before = walk.begin(dense)
+    ours = before
+    out, kept = dict(params), Units(*(np.array(m) for m in masks))
+    for index in range(dims.depth):
+        name = f"block_{index}"
+        original = padded_block(dims, dense[name])
+        block = params[name]
+        for part, feel in zip(("attention", "mlp"), felt[2 * index : 2 * index + 2], strict=True):
+            after = walk.advance(part, original, before)
+            found = part_moments(walk, block, kept, index, part, ours, after)
+            block, kept = compensate_part(dims, block, kept, index, part, found, feel, chosen, use_held=use_held)
+            ours = walk.advance(part, padded_block(dims, masked_block(block, kept, index)), ours)
+            before = after
+        out[name] = block
+        told(index + 1)
+    return Compensated(out, kept, walk.logits(params, ours))
+
+
+def part_moments(
+    walk: Walk, block: Params, masks: Units, index: int, part: str, ours: Streams, after: Streams
+) -> tuple[TokenMoments, TokenMoments]:
+    """(to fit, held back): all features of a part whose queries and keys are cut, and what it should write.
+
+    `ours` is the cut model's stream in front of the part, `after` the dense model's behind it.
+    """
+    cut = masked_block(block, masks, index)
+    whole = padded_block(walk.dims, block | {name: cut[name] for name in ("q", "k")})
+    rows = feature_rows(walk.dims, index, part)
+    fitted, held = (pick(found, rows) for found in walk.gather(part, whole, ours, after))
+    return fitted, held
+
+
+def compensate_part(
+    dims: ViTDims,
+    block: Params,
+    masks: Units,
+    index: int,
+    part: str,
+    moments: tuple[TokenMoments, TokenMoments],
+    felt: Sensitivity,
+    chosen: Chosen,
+    *,
+    use_held: bool,
+) -> tuple[Params, Units]:
+    """One part of one block, compensated, and masks with what it keeps, which are changed in place."""
+    fitted, held = moments
+    _, start, _ = writer(block, part)
+    both = (fitted + held if use_held else fitted).together(felt.shares(TOKENS))
+    if part == "mlp":
+        live = masks.mlp[index][: dims.mlp[index]] > 0
+        if chosen.neurons and not live.all():
+            order, _ = removal(both, felt.metric, np.ones(len(live)), ORDER)
+            live = np.zeros(len(live), bool)
+            live[order[len(order) - int(masks.mlp[index].sum()) :]] = True
+            masks.mlp[index, : len(live)] = live
+        keep = np.flatnonzero(live)
+        found = fit(pick(fitted, keep), pick(held, keep), start[keep], felt, use_held=use_held)
+        return written(block, part, keep, found), masks
+    heads, width = dims.heads[index], dims.v[index]
+    live = masks.v[index][:heads, :width] * masks.head[index][:heads, None]
+    bases = np.tile(np.eye(width), (heads, 1, 1))
+    if chosen.values and not live.all():
+        live = np.sort(live, axis=1)[:, ::-1]  # the first of the new basis
+        masks.v[index, :heads, :width] = live
+        bases, _ = rebasis.value_basis(both, felt.metric, masks.head[index][:heads], width, ORDER)
+        block = rebasis.change(block, bases, None)
+        _, start, _ = writer(block, part)
+    features = value_features(bases, live)
+    keep = np.flatnonzero(live.reshape(-1))
+    found = fit(fitted.mapped(features), held.mapped(features), start[keep], felt, use_held=use_held)
+    return written(block, part, keep, found), masks

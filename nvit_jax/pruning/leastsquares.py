@@ -1,0 +1,143 @@
+"""The one solver of compensation: what stays makes good for what goes, by regularised least squares. NumPy, float64.
+
+A part of a block writes y = x W + b into the residual stream, x its features (value dims or mlp neurons). When features
+go, W over the others is fitted anew, so that x W + b comes as close as it can to a target, in the mean over tokens:
+
+    W = W0 + (C + r mean(diag C) I)^-1 (cov(x, y) - C W0),  C = cov(x)
+
+with the means taken care of by b. The ridge r pulls towards the weights W0 that are there, so that what the images do
+not determine keeps its value, and no image at all changes nothing.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg
+
+from nvit_jax.pruning.statistics import Moments, Sensitivity, TokenMoments
+
+# Tried on held-back images:
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
+POWERS = (0.0, 0.25, 0.5)  # of the tokens' weights
+_LEAST = 1e-9  # of the mean variance: what is smaller is rounding
+
+
+def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """matrix^-1 right, by Cholesky, of a symmetric positive (semi)definite matrix: more on the diagonal if it fails."""
+    scale = max(float(np.trace(matrix)) / max(len(matrix), 1), np.finfo(float).tiny)
+    more = 0.0
+    while True:
+        try:
+            factor = linalg.cho_factor(matrix + more * scale * np.eye(len(matrix)), lower=True, check_finite=False)
+            found = linalg.cho_solve(factor, right, check_finite=False)
+            if np.isfinite(found).all():
+                return np.asarray(found)
+        except linalg.LinAlgError:
+            pass
+        more = 10 * more or _LEAST
+
+
+def bias(moments: Moments, weights: np.ndarray) -> np.ndarray:
+    """[D] that makes the mean right."""
+    return np.asarray(moments.y - moments.x @ weights)
+
+
+def error(moments: Moments, weights: np.ndarray, offset: np.ndarray, metric: np.ndarray) -> float:
+    """Mean of |x W + b - y|^2 over what the moments are of, the outputs weighted by metric [D]."""
+    wrong = moments.x @ weights + offset - moments.y
+    squares = moments.yy / moments.weight - 2 * (weights * moments.cross).sum(0)
+    squares = squares + (weights * (moments.covariance @ weights)).sum(0) + wrong**2
+    return float((squares * metric).sum())
+
+
+class Ridge:
+    """Fits of one set of moments at any strength: one eigendecomposition, then products."""
+
+    def __init__(self, moments: Moments, start: np.ndarray) -> None:
+        """`start` [F, D]: the weights that a fit is drawn towards."""
+        self.moments, self.start = moments, start
+        self._values, self._vectors = np.linalg.eigh(moments.covariance)
+        self._scale = float(np.maximum(self._values, 0).mean()) if len(self._values) else 0.0
+        self._right = self._vectors.T @ (moments.cross - moments.covariance @ start)
+
+    def weights(self, strength: float) -> np.ndarray:
+        """[F, D]."""
+        if not self._scale > 0:
+            return self.start  # features that never change explain nothing
+        values = np.maximum(self._values, 0) + strength * self._scale
+        return np.asarray(self.start + self._vectors @ (self._right / values[:, None]))
+
+
+class Fit(NamedTuple):
+    """Weights that compensate, and how they were found."""
+
+    weights: np.ndarray  # [F, D]
+    bias: np.ndarray  # [D]
+    strength: float  # the ridge
+    power: float  # of the tokens' weights, see Sensitivity.shares
+
+
+def fit(fitted: TokenMoments, held: TokenMoments, start: np.ndarray, felt: Sensitivity, *, use_held: bool) -> Fit:
+    """Ridge and token weights are those that err least on the held-back images, in the loss's own metric.
+
+    use_held: all images are fitted to in the end. Without held-back images the middle of RIDGES is taken.
+    """
+    metric, own = np.maximum(np.diag(felt.metric), 0), held.together(felt.shares(1.0))
+    best = POWERS[0], RIDGES[len(RIDGES) // 2]
+    if own.weight:
+        tried = []
+        for power in POWERS:
+            ridge = Ridge(fitted.together(felt.shares(power)), start)
+            for strength in RIDGES:
+                weights = ridge.weights(strength)
+                tried.append((error(own, weights, bias(ridge.moments, weights), metric), power, strength))
+        best = min(tried)[1:]
+    power, strength = best
+    moments = (fitted + held if use_held else fitted).together(felt.shares(power))
+    weights = Ridge(moments, start).weights(strength)
+    return Fit(weights, bias(moments, weights), strength, power)
+
+
+def root(matrix: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a positive semidefinite matrix; what rounding made negative is 0."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+
+
+def removal(
+    moments: Moments, metric: np.ndarray, live: np.ndarray, strength: float, chunk: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which features go, those that can best be made good for first, and what that costs.
+
+    The optimal brain surgeon (Hassibi and Stork 1993) for whole rows of W: without feature i the best fit of the others
+    errs by |W_i|^2_G / (C^-1)_ii more. The `chunk` least go together, with their joint cost; then inverse and fit are
+    updated.
+
+    Args:
+      metric: [D, D] of the error, see statistics.Sensitivity.
+      live: [F] 0 for features that are not there.
+
+    Returns:
+      order [n] of the live features; cost [n + 1], half the error in the metric when the first 0, 1, ... n are gone.
+    """
+    index = np.flatnonzero(live)
+    c = moments.covariance[np.ix_(index, index)]
+    scale = max(float(np.trace(c)) / max(len(c), 1), np.finfo(float).tiny)
+    fitted = c + strength * scale * np.eye(len(c))
+    inverse = solve(fitted, np.eye(len(c)))
+    weights = inverse @ (moments.cross[index] @ root(metric))
+    left = np.arange(len(index))
+    order: list[int] = []
+    cost = [0.0]
+    while len(left):
+        loss = np.square(weights[left]).sum(1) / np.maximum(np.diag(inverse)[left], np.finfo(float).tiny)
+        gone = left[np.argsort(loss, kind="stable")[:chunk]]
+        left = np.setdiff1d(left, gone)
+        step = linalg.solve(inverse[np.ix_(gone, gone)], np.eye(len(gone)), assume_a="pos")
+        total = cost[-1] + max(float((weights[gone] * (step @ weights[gone])).sum()), 0.0)
+        cost += list(np.linspace(cost[-1], total, len(gone) + 1)[1:])
+        change = inverse[:, gone] @ step
+        weights, inverse = weights - change @ weights[gone], inverse - change @ inverse[gone]
+        weights[gone], inverse[gone], inverse[:, gone] = 0, 0, 0
+        order += index[gone].tolist()
+    return np.array(order, int), np.array(cost) / 2

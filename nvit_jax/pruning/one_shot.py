@@ -1,0 +1,147 @@
+"""One pruning without a gradient step: calibration images, scores that expect compensation, compensation, a check.
+
+The check: on held-back images, the model that is fitted to the others must not be worse than the one that is only cut.
+Otherwise the cut one stays, and a warning says so. When it holds, all images are fitted to.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nvit_jax.data.feed import Draws, Feed
+from nvit_jax.model import vit
+from nvit_jax.model.dims import Units
+from nvit_jax.model.groups import Params
+from nvit_jax.parallel import Parallel, any_process
+from nvit_jax.pruning import obs
+from nvit_jax.pruning.compensation import Chosen, compensate, masked_block
+from nvit_jax.pruning.statistics import Images, Sensitivity, Walk, hold_back, padded_block
+from nvit_jax.training.distill import Stopped
+from nvit_jax.training.monitor import Monitor
+
+IMAGES = 2048  # at most, where nobody says how many
+_BATCH = 20  # images at most, where nobody says how many
+_DRAWS = 2  # labels drawn for an image
+
+
+def calibration_images(
+    feed: Feed, images: int | None, batch: int | None, seed: tuple[int, ...], monitor: Monitor, *, labels: bool
+) -> Images:
+    """Batches on the devices, every fifth held back. Without `batch` they divide the images as evenly as they can."""
+    parallel = Parallel.create("jit")
+    devices = len(parallel.devices)
+    known = feed.images()
+    limit = IMAGES if images is None else images
+    count = limit if known is None else min(known, limit)
+    feed = feed.some(count)
+    size = batch or even_batch(count, devices)
+    draws = Draws(size, seed, parallel, monitor.warn, labels=labels)
+    steps = max(1, feed.steps(size))
+    reader = feed.reader(draws)
+    try:
+        batches = [reader(i) for i in range(steps)]
+    finally:
+        reader.close()
+    for i, one in enumerate(batches):
+        one["index"] = one["index"] + i * size  # every image draws its own labels
+    return Images([parallel.shard(one) for one in batches], hold_back(steps), parallel)
+
+
+def even_batch(images: int, devices: int) -> int:
+    """A batch of at most 20 images, and at most a fifth of them, that leaves the fewest over."""
+    most = max(min(_BATCH, images // 5) // devices, 1) * devices
+    least = max(most // 2 // devices, 1) * devices
+    return min(range(most, least - 1, -devices), key=lambda size: (images % size, -size))
+
+
+@dataclasses.dataclass
+class OneShot:
+    """Scores and compensates one model."""
+
+    walk: Walk
+    params: Params  # dense, on the host
+    felt: list[Sensitivity]
+    monitor: Monitor
+    turned: Params | None = None  # the same model in the bases of its scores
+
+    @classmethod
+    def begin(
+        cls, walk: Walk, params: Params, seed: int, loss: Callable[..., Any] | None, monitor: Monitor
+    ) -> "OneShot":
+        """Find what the loss feels. Raises Stopped when asked to."""
+        batches = len(walk.images.batches)
+        with monitor.progress(batches, what="gradients", unit="batch"):
+            felt = walk.sensitivities(params, seed, _DRAWS, loss, told=_Told(monitor))
+        return cls(walk, params, felt, monitor)
+
+    def score(self) -> Units:
+        """The criterion "obs"; from here on the model is `turned`."""
+        with self.monitor.progress(self.walk.dims.depth, what="scoring", unit="block"):
+            found = obs.score(self.walk, self.params, self.felt, told=_Told(self.monitor))
+        self.turned = found.params
+        return found.scores
+
+    @property
+    def ready(self) -> Params:
+        """The model whose units were scored."""
+        return self.params if self.turned is None else self.turned
+
+    def compensate(self, masks: Units) -> tuple[Params, Units, dict[str, Any]]:
+        """(parameters, masks, what the check found) for masks of the turned model, or of the model as it is."""
+        params = self.ready
+        chosen = Chosen(values=self.turned is not None, neurons=self.turned is not None)
+        walk, images = self.walk, self.walk.images
+        if not any(images.held):
+            self.monitor.warn("warning: with one batch of images compensation cannot be checked, and is left out")
+            return params, masks, {"compensated": False}
+        with self.monitor.progress(2 * walk.dims.depth, what="compensating", unit="block"):
+            told = _Told(self.monitor)
+            held = [i for i, back in enumerate(images.held) if back]
+            dense, cut = self._logits(self.params, held), self._logits(_masked(walk, params, masks), held)
+            fitted = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=False, told=told)
+            check: dict[str, Any] = {
+                "images_fitted": images.count(held=False),
+                "images_held_back": images.count(held=True),
+                "divergence_cut": walk.divergence(cut, dense),
+                "divergence_compensated": walk.divergence([fitted.logits[i] for i in held], dense),
+            }
+            better = check["divergence_compensated"] <= check["divergence_cut"]
+            if not better:
+                self.monitor.warn(
+                    f"warning: on {check['images_held_back']} held-back images the compensated model is further from "
+                    f"the unpruned one ({check['divergence_compensated']:.4g}) than the one that is only cut "
+                    f"({check['divergence_cut']:.4g}): compensation is left out; more images would help"
+                )
+                return params, masks, check | {"compensated": False}
+            told.offset = walk.dims.depth
+            found = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=True, told=told)
+        return found.params, found.masks, check | {"compensated": True}
+
+    def _logits(self, params: Params, batches: list[int]) -> list[Any]:
+        streams = self.walk.begin(params)
+        placed = self.walk.parallel.place(vit.stack_blocks(params))
+        return self.walk.finish(placed, [streams[i] for i in batches], 0)
+
+
+class _Told:
+    """Hears of progress, and stops where a stop is asked for."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor, self.offset = monitor, 0
+
+    def __call__(self, done: int) -> None:
+        self._monitor.advance(self.offset + done)
+        if any_process(self._monitor.stopping):
+            raise Stopped("stopped while pruning")
+
+
+def _masked(walk: Walk, params: Params, masks: Units) -> Params:
+    """Parameters whose removed units are 0."""
+    host = Units(*(np.asarray(m) for m in masks))
+    blocks = {
+        f"block_{i}": padded_block(walk.dims, masked_block(params[f"block_{i}"], host, i))
+        for i in range(walk.dims.depth)
+    }
+    return params | blocks

@@ -1,0 +1,358 @@
+"""What compensation knows of a model on images: means, second moments and gradients at the parts of its blocks.
+
+A model is walked part by part (`vit.part`: the attention or the mlp of a block), all images through one part before the
+next, so that a part's moments need the memory of one part. Sums run over the images of a batch in float32 about the
+batch's own mean, over batches in float64; batches lie on the devices of all processes, sums are whole on each.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvit_jax.model import vit
+from nvit_jax.model.dims import ViTDims
+from nvit_jax.model.groups import Params
+from nvit_jax.parallel import Parallel
+from nvit_jax.training.losses import cross_entropy, draw_labels, kl_nvit
+
+Part = tuple[int, str]  # block, one of vit.PARTS
+
+
+def parts(dims: ViTDims) -> list[Part]:
+    """Of a model, in the order of the computation."""
+    return [(block, name) for block in range(dims.depth) for name in vit.PARTS]
+
+
+class Moments(NamedTuple):
+    """Means and centred second moments of features x [F] and targets y [D], float64."""
+
+    weight: float  # of all samples
+    x: np.ndarray  # [F] mean
+    y: np.ndarray  # [D] mean
+    xx: np.ndarray  # [F, F] sum of (x - mean)(x - mean)'
+    xy: np.ndarray  # [F, D]
+    yy: np.ndarray  # [D] the diagonal alone
+
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+        """Of both samples together (Chan, Golub and LeVeque 1983)."""
+        if not self.weight or not other.weight:
+            return self if self.weight else other
+        total = self.weight + other.weight
+        share, dx, dy = other.weight / total, other.x - self.x, other.y - self.y
+        between = self.weight * share
+        return Moments(
+            total,
+            self.x + share * dx,
+            self.y + share * dy,
+            self.xx + other.xx + between * np.outer(dx, dx),
+            self.xy + other.xy + between * np.outer(dx, dy),
+            self.yy + other.yy + between * dy**2,
+        )
+
+    def scaled(self, factor: float) -> "Moments":
+        """As if every sample counted `factor` times."""
+        return Moments(factor * self.weight, self.x, self.y, factor * self.xx, factor * self.xy, factor * self.yy)
+
+    def mapped(self, features: np.ndarray) -> "Moments":
+        """Of other features x' = x F, F [F, F']."""
+        return self._replace(x=self.x @ features, xx=features.T @ self.xx @ features, xy=features.T @ self.xy)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """[F, F] of the features."""
+        return self.xx / self.weight
+
+    @property
+    def cross(self) -> np.ndarray:
+        """[F, D] covariance of features and targets."""
+        return self.xy / self.weight
+
+
+def moments(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    """The fields of Moments of one batch: x [B, N, F], y [B, N, D], every token with weight 1, in x's type."""
+    mean_x, mean_y = x.mean((0, 1)), y.mean((0, 1))
+    cx, cy = x - mean_x, y - mean_y
+    cross = jnp.einsum("bni,bnj->ij", cx, cy)
+    weight = jnp.asarray(x.shape[0] * x.shape[1], x.dtype)
+    return weight, mean_x, mean_y, jnp.einsum("bni,bnj->ij", cx, cx), cross, jnp.square(cy).sum((0, 1))
+
+
+def summed(found: Iterable[tuple[Any, ...]]) -> Moments:
+    """Moments of batches -> of all of them."""
+    total = Moments(0.0, *(np.zeros(0),) * 5)
+    for one in found:
+        total = total + Moments(float(one[0]), *(np.asarray(value, np.float64) for value in one[1:]))
+    return total
+
+
+class TokenMoments(NamedTuple):
+    """Moments over the prefix tokens (class, distillation, registers) and over the patches, apart."""
+
+    prefix: Moments
+    patches: Moments
+
+    def __add__(self, other: "TokenMoments") -> "TokenMoments":  # type: ignore[override]
+        return TokenMoments(self.prefix + other.prefix, self.patches + other.patches)
+
+    def mapped(self, features: np.ndarray) -> "TokenMoments":
+        """Of other features x' = x F."""
+        return TokenMoments(*(one.mapped(features) if one.weight else one for one in self))
+
+    def together(self, shares: tuple[float, float]) -> Moments:
+        """With these weights of a token."""
+        found = self.prefix.scaled(shares[0]) + self.patches.scaled(shares[1])
+        return found.scaled(1 / found.weight) if found.weight else found
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """How much a loss feels a change of what a part writes into the stream.
+
+    metric: [D, D] mean over images of the sum over tokens of g g', g the gradient of the loss at the part's output.
+      With labels drawn from the model it is the Fisher matrix there: the loss of an error e is about e' metric e / 2.
+    prefix, patches: the mean over such tokens of |g|^2.
+    """
+
+    metric: np.ndarray
+    prefix: float
+    patches: float
+
+    def shares(self, power: float) -> tuple[float, float]:
+        """Weights of a prefix token and of a patch in a regression: what the loss feels of it, to a power.
+
+        At 0 they are alike. At 1 it is the loss's own weight: the class token alone decides in the last block. It is
+        too few samples to fit weights to.
+        """
+        most = max(self.prefix, self.patches)
+        if not most > 0:
+            return 1.0, 1.0
+        return max(self.prefix / most, 1e-9) ** power, max(self.patches / most, 1e-9) ** power
+
+
+@dataclasses.dataclass
+class Images:
+    """Calibration images as batches on the devices, with what the walks need of them."""
+
+    batches: list[dict[str, jax.Array]]  # "image", "index", and labels where they are known
+    held: list[bool]  # which of them are held back from every fit
+    parallel: Parallel
+
+    def count(self, *, held: bool) -> int:
+        return sum(len(b["image"]) for b, h in zip(self.batches, self.held, strict=True) if h == held)
+
+
+def hold_back(count: int) -> list[bool]:
+    """Every fifth of `count` batches, at least one of two."""
+    if count < 5:
+        return [i == count - 1 and count > 1 for i in range(count)]
+    return [i % 5 == 4 for i in range(count)]
+
+
+Streams = list[jax.Array]  # [B, N, D] of every batch
+
+
+class Walk:
+    """The compiled steps through one kind of model; all blocks share them."""
+
+    def __init__(self, dims: ViTDims, images: Images, normalise: Callable[[Any], Any]) -> None:
+        self.dims, self.images, self._normalise = dims, images, normalise
+        self.parallel = images.parallel
+        self._steps: dict[Any, Any] = {}
+
+    def _step(self, key: Any, step: Callable[..., Any], *, rows: bool) -> Callable[..., Any]:
+        """`step(state, batch)`, compiled at its first use; what it returns lies in rows, or whole on every device."""
+        if key not in self._steps:
+
+            def exact(state: Any, batch: Any) -> Any:
+                with jax.default_matmul_precision("float32"):
+                    return step(state, batch)
+
+            self._steps[key] = self.parallel.compile_walk(exact, rows=rows)
+        found: Callable[..., Any] = self._steps[key]
+        return found
+
+    # ------------------------------------------------------------------------------------------ streams
+
+    def begin(self, params: Params) -> Streams:
+        """In front of the first block."""
+        step = self._step("stem", lambda p, b: vit.stem(self.dims, p, self._normalise(b["image"])), rows=True)
+        rest = self.parallel.place(_outside(params))
+        return [step(rest, batch) for batch in self.images.batches]
+
+    def advance(self, name: str, block: Params, streams: Streams) -> Streams:
+        """Behind a part."""
+        step = self._step(("advance", name), lambda b, x: vit.part(self.dims, name, b, x)[0], rows=True)
+        placed = self.parallel.place(block)
+        return [step(placed, x) for x in streams]
+
+    def gather(
+        self,
+        name: str,
+        block: Params,
+        ours: Streams,
+        after: Streams,
+    ) -> tuple[TokenMoments, TokenMoments]:
+        """(of the images to fit, of those held back): the part's features on `ours`, and what it should write there.
+
+        `after` is the dense model's stream behind the part. What it should write is after - ours.
+        """
+
+        prefix = self.dims.prefix
+
+        def step(state: Any, batch: Any) -> list[tuple[jax.Array, ...]]:
+            x, after = batch
+            _, taps = vit.part(self.dims, name, state, x)
+            features, target = taps["features"].reshape(*x.shape[:2], -1), after - x
+            groups = slice(0, prefix), slice(prefix, None)
+            return [moments(features[:, tokens], target[:, tokens]) for tokens in groups if tokens != slice(0, 0)]
+
+        run = self._step(("gather", name), step, rows=False)
+        placed = self.parallel.place(block)
+        found = [jax.device_get(run(placed, batch)) for batch in zip(ours, after, strict=True)]
+
+        def fold(back: bool) -> TokenMoments:
+            own = [one for one, held in zip(found, self.images.held, strict=True) if held == back]
+            return TokenMoments(summed(one[0] for one in own if prefix), summed(one[-1] for one in own))
+
+        return fold(False), fold(True)
+
+    def queries_and_keys(
+        self, block: Params, shares: tuple[float, float], streams: Streams
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[H, Q, Q] second moments of queries, and of keys about their mean over the tokens of their image.
+
+        `shares`: weights of the queries of a prefix token and of a patch.
+        """
+        tokens = np.full(self.dims.tokens, shares[1], np.float32)
+        tokens[: self.dims.prefix] = shares[0]
+
+        def step(state: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            block, weights = state
+            _, taps = vit.part(self.dims, "attention", block, x)
+            q, k = taps["queries"], taps["keys"]
+            k = k - k.mean(1, keepdims=True)
+            q_moments = jnp.einsum("bnhi,bnhj,n->hij", q, q, weights)
+            return q_moments, jnp.einsum("bnhi,bnhj->hij", k, k) / x.shape[1]
+
+        run = self._step("queries_and_keys", step, rows=False)
+        state = self.parallel.place((block, tokens / tokens.sum()))
+        found = [jax.device_get(run(state, x)) for x in streams]
+        images = sum(len(x) for x in streams)
+        q, k = (np.sum([np.asarray(f[i], np.float64) for f in found], 0) / images for i in (0, 1))
+        return q, k
+
+    # ------------------------------------------------------------------------------------------- losses
+
+    def logits(self, params: Params, streams: Streams) -> list[jax.Array]:
+        """[B, T, C] of streams behind the last block; of a model without classes its features."""
+        step = self._step("classify", lambda p, x: vit.classify(self.dims, p, x), rows=True)
+        rest = self.parallel.place(_outside(params))
+        return [step(rest, x) for x in streams]
+
+    def finish(self, params: Params, streams: Streams, block: int) -> list[jax.Array]:
+        """Logits of streams in front of a block."""
+
+        def step(state: Any, x: jax.Array) -> jax.Array:
+            params, first = state
+
+            def one(i: jax.Array, x: jax.Array) -> jax.Array:
+                own = jax.tree.map(lambda leaf: leaf[i], params["blocks"])
+                for name in vit.PARTS:
+                    x = vit.part(self.dims, name, own, x)[0]
+                return x
+
+            x = jax.lax.fori_loop(first, self.dims.depth, one, x)
+            return vit.classify(self.dims, _outside(params), x)
+
+        run = self._step("finish", step, rows=True)
+        return [run((params, np.int32(block)), x) for x in streams]
+
+    def divergence(self, ours: list[jax.Array], theirs: list[jax.Array]) -> float:
+        """Mean over images: KL of the classifiers' mean from `theirs`; without classes the mean square of the error."""
+        step = self._step("divergence", lambda _, pair: _divergence(self.dims, *pair), rows=False)
+        found = [step((), pair) for pair in zip(ours, theirs, strict=True)]
+        return float(sum(np.asarray(f, np.float64) for f in found) / sum(len(x) for x in ours))
+
+    def sensitivities(
+        self, params: Params, seed: int, draws: int, loss: Callable[..., jax.Array] | None, told: Callable[[int], None]
+    ) -> list[Sensitivity]:
+        """Of every part in the order of `parts`.
+
+        `loss(logits [B, T, C], batch) -> [B]` is differentiated; None: -log of the probability of a label drawn from
+        the model, `draws` for each image. A model without classes: half the squared error of its features.
+        """
+        dims = self.dims
+
+        def cotangent(logits: jax.Array, batch: Any, key: jax.Array) -> jax.Array:
+            if loss is not None:
+                return jax.grad(lambda out: loss(out, batch).sum())(logits)
+            if not dims.classes:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+                return jax.vmap(lambda k: jax.random.normal(k, logits.shape[1:], logits.dtype))(keys)
+            label = draw_labels(logits, key, batch["index"])
+            return jax.grad(lambda out: cross_entropy(out.mean(1), label).sum())(logits)
+
+        def step(state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            params, key = state
+            key = jax.random.wrap_key_data(key)
+            x = vit.stem(dims, _outside(params), self._normalise(batch["image"]))
+
+            def run(taps: jax.Array) -> jax.Array:
+                def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+                    block, tap = inputs
+                    for i, name in enumerate(vit.PARTS):
+                        x = vit.part(dims, name, block, x)[0] + tap[i]
+                    return x, None
+
+                out, _ = jax.lax.scan(body, x, (params["blocks"], taps))
+                return vit.classify(dims, _outside(params), out)
+
+            taps = jnp.zeros((dims.depth, len(vit.PARTS), *x.shape), x.dtype)
+            logits, pull = jax.vjp(run, taps)
+            total: Any = 0.0, 0.0
+            for draw in range(1 if loss is not None else draws):
+                (g,) = pull(cotangent(logits, batch, jax.random.fold_in(key, draw)))
+                found = jnp.einsum("lpbnd,lpbne->lpde", g, g), jnp.square(g).sum((2, 4))
+                total = jax.tree.map(jnp.add, total, found)
+            return total
+
+        run = self._step(("sensitivities", loss is None), step, rows=False)
+        state = self.parallel.place((vit.stack_blocks(params), jax.random.key_data(jax.random.key(seed))))
+        metrics: Any = 0.0
+        tokens: Any = 0.0
+        images = 0
+        for number, batch in enumerate(self.images.batches):
+            one = jax.device_get(run(state, batch))
+            metrics, tokens = metrics + one[0].astype(np.float64), tokens + one[1].astype(np.float64)
+            images += len(batch["image"])
+            told(number + 1)
+        times = images * (1 if loss is not None else draws)
+        metrics, tokens = metrics / times, tokens / times
+        prefix, patches = tokens[..., : dims.prefix].sum(-1) / max(dims.prefix, 1), tokens[..., dims.prefix :].mean(-1)
+        rows = [(i, vit.PARTS.index(name)) for i, name in parts(dims)]
+        return [Sensitivity(metrics[at], float(prefix[at]), float(patches[at])) for at in rows]
+
+
+def _outside(params: Params) -> Params:
+    """The parameters outside of the blocks."""
+    return {name: value for name, value in params.items() if not name.startswith("block")}
+
+
+def _divergence(dims: ViTDims, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    if not dims.classes:
+        return jnp.square(ours - theirs).mean((1, 2)).sum()
+    return kl_nvit(theirs.mean(1), ours.mean(1), 1.0).sum() * dims.classes
+
+
+def padded_block(dims: ViTDims, block: Params) -> Params:
+    """One block's parameters at the widths of `dims.padded()`, with zeros, as `vit.part` takes them."""
+    whole = vit.block_shapes(dims.padded())
+
+    def pad(leaf: Any, wanted: Any) -> np.ndarray:
+        return np.pad(np.asarray(leaf), [(0, n - m) for n, m in zip(wanted.shape, np.shape(leaf), strict=True)])
+
+    return jax.tree.map(pad, block, whole)
