@@ -198,6 +198,7 @@ assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 """
     flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is not compiled is not dumped
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=240)
     texts = [file.read_text() for file in tmp_path.glob("*after_spmd-partitioning*")]
     lines = [line for text in texts for line in text.splitlines() if re.search(r" (all-reduce|reduce-scatter)\(", line)]

@@ -236,7 +236,7 @@ def test_a_loader_is_read_epoch_by_epoch(digits_model, digits):
 
 
 def test_prune_step_by_step_is_prune(digits_model, digits):
-    found = quiet(nvit.prune, digits_model, digits, macs=0.6, measure=None)
+    found = quiet(nvit.prune, digits_model, digits, macs=0.6, criterion="fisher", compensate=False, measure=None)
     scores = quiet(nvit.saliency, digits_model, digits)
     ranking = nvit.rank(scores, digits_model, macs=0.6)
     for a, b in zip(ranking.masks, found.masks, strict=True):

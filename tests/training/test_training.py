@@ -135,7 +135,13 @@ def test_the_loop_averages_scores_and_trains_between_prunings(reset):
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     begin = distill.new_state(random_params(dims, dtype=np.float32), optimizer, 0, masks=full)
     target = Target("mlp", lambda d: float(sum(d.mlp)), 2 * dims.mlp[0] - 8.0, 0.0)  # four prunings of 2 neurons
-    work = types.SimpleNamespace(score=score, train=train, evaluate=lambda s: {}, pruned=lambda pruning: None)
+    work = types.SimpleNamespace(
+        score=score,
+        remove=lambda train, masks: train._replace(masks=masks),
+        train=train,
+        evaluate=lambda s: {},
+        pruned=lambda pruning: None,
+    )
     plan = Plan(method="iterative", warmup=5, interval=3, ema=0.9, reset_scores=reset)
     monitor = Recorder()
     state = prune_loop(new_prune_state(begin), Task(dims, plan, [target], rank), work, monitor)
