@@ -42,6 +42,23 @@ def small_dims(**changes) -> ViTDims:
     return ViTDims.uniform(**(values | changes))
 
 
+# Of `small_dims`: every kind of model that there is.
+VARIANTS = {
+    "plain": {},
+    "distilled": {"dist_token": True},
+    "registers": {"registers": 3},
+    "layer_scale": {"layer_scale": True},
+    "mean_pool": {"pool": "mean", "cls_token": False},
+    "mean_pool_all_after_norm": {"pool": "mean", "mean_over": "all", "norm_after_pool": True},
+    "patch_positions": {"positions": "patches", "registers": 1},
+    "no_positions": {"positions": "none"},
+    "rgb_tanh_no_qkv_bias": {"channels": 3, "activation": "gelu_tanh", "qkv_bias": False},
+    "pre_logits": {"pre_logits": 7},
+    "odd_image": {"image": 15, "patch": 5},
+    "wide_heads": {"qk": 6, "v": 3},
+}
+
+
 def random_params(dims: ViTDims, seed: int = 0, dtype=np.float64):
     """Normal values everywhere, norms and biases included, so that no term of an equality is trivially 0."""
     rng = np.random.default_rng(seed)

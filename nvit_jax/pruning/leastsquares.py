@@ -17,7 +17,7 @@ from scipy import linalg
 from nvit_jax.pruning.statistics import Moments, Sensitivity, TokenMoments
 
 # Tried on held-back images:
-RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
+RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
 POWERS = (0.0, 0.25, 0.5)  # of the tokens' weights
 _LEAST = 1e-9  # of the mean variance: what is smaller is rounding
 

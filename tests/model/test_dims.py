@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_dims
+from conftest import VARIANTS, small_dims
 
 from nvit_jax.errors import UserError
 from nvit_jax.model import vit
@@ -18,20 +18,6 @@ GOLDEN_PARAMS = {
     "deit_small": 22_050_664,
     "deit_base": 86_567_656,
     "deit_base_distilled": 87_338_192,
-}
-VARIANTS = {
-    "plain": {},
-    "distilled": {"dist_token": True},
-    "registers": {"registers": 3},
-    "layer_scale": {"layer_scale": True},
-    "mean_pool": {"pool": "mean", "cls_token": False},
-    "mean_pool_all_after_norm": {"pool": "mean", "mean_over": "all", "norm_after_pool": True},
-    "patch_positions": {"positions": "patches", "registers": 1},
-    "no_positions": {"positions": "none"},
-    "rgb_tanh_no_qkv_bias": {"channels": 3, "activation": "gelu_tanh", "qkv_bias": False},
-    "pre_logits": {"pre_logits": 7},
-    "odd_image": {"image": 15, "patch": 5},
-    "wide_heads": {"qk": 6, "v": 3},
 }
 
 

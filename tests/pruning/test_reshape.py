@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from conftest import random_images, random_masks, random_params, run_forward, small_dims
+from conftest import VARIANTS, random_images, random_masks, random_params, run_forward, small_dims
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_dims import VARIANTS
 
 from nvit_jax.errors import UserError
 from nvit_jax.model import vit

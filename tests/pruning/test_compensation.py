@@ -1,0 +1,286 @@
+"""Statistics, least squares, changes of basis, compensation: each against its definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VARIANTS, random_params, run_forward, small_dims
+
+from nvit_jax.model import vit
+from nvit_jax.model.masks import full_masks, normalize
+from nvit_jax.parallel import Parallel
+from nvit_jax.pruning import leastsquares, obs, rebasis
+from nvit_jax.pruning.compensation import Chosen, compensate, value_features
+from nvit_jax.pruning.statistics import Images, Moments, TokenMoments, Walk, hold_back, moments, summed
+
+KEEP = Chosen(values=False, neurons=False)
+ANEW = Chosen(values=True, neurons=True)
+
+
+def walk(dims, images=40, batch=8, devices=1, seed=0, values=None):
+    """A walk over random images, float32."""
+    parallel = Parallel.create("jit", tuple(jax.devices()[:devices]))
+    shape = (images, dims.image, dims.image, dims.channels)
+    if values is None:
+        values = np.random.default_rng([seed, 1]).standard_normal(shape)
+    values = np.asarray(values, np.float32)
+    batches = [
+        parallel.shard({"image": values[i : i + batch], "index": np.arange(i, i + batch, dtype=np.int32)})
+        for i in range(0, images, batch)
+    ]
+    return Walk(dims, Images(batches, hold_back(len(batches)), parallel), lambda image: image)
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def sensitivities(found, params, draws=1):
+    return found.sensitivities(params, 0, draws, None, told=lambda done: None)
+
+
+def model(seed=0, **changes):
+    dims = small_dims(**({"image": 16, "depth": 2, "mlp": 24, "embed": 16} | changes))
+    # Small weights: activations of about 1, as in a trained model.
+    return dims, jax.tree.map(lambda p: (0.5 * p).astype(np.float32), random_params(dims, seed))
+
+
+def logits(dims, params, found, masks=None):
+    images = np.concatenate([np.asarray(b["image"]) for b in found.images.batches])
+    return run_forward(dims, params, images, masks)
+
+
+# ----------------------------------------------------------------------------------------------- statistics
+
+
+def test_moments_of_batches_are_those_of_all():
+    rng = np.random.default_rng(0)
+    x, y = 5 + rng.standard_normal((12, 3, 4)), rng.standard_normal((12, 3, 2))
+    with jax.enable_x64(True):
+        found = summed(moments(jnp.asarray(x[i : i + 5]), jnp.asarray(y[i : i + 5])) for i in (0, 5, 10))
+    flat, target = x.reshape(-1, 4), y.reshape(-1, 2)
+    assert found.weight == 36
+    np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-12)
+    np.testing.assert_allclose(found.cross, (flat - flat.mean(0)).T @ (target - target.mean(0)) / 36, atol=1e-12)
+
+
+def test_statistics_do_not_depend_on_devices():
+    dims, params = model()
+    found = []
+    for devices in (1, 4):
+        steps = walk(dims, devices=devices)
+        felt = sensitivities(steps, params)
+        masks = host(full_masks(dims))
+        masks.mlp[:, 12:] = 0
+        done = compensate(steps, params, params, masks, felt, KEEP, use_held=True)
+        found.append((felt[0].metric, felt[-1].metric, done.params["block_1"]["fc2"]["kernel"]))
+    for one, four in zip(*found, strict=True):
+        np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+def test_the_metric_is_the_mean_of_squared_gradients():
+    """By jax.grad of a loss of one's own with respect to what an mlp writes."""
+    dims, params = model()
+    steps = walk(dims, images=8, batch=4)
+
+    def loss(out, batch):
+        return jnp.square(out.mean(1)).sum(-1)
+
+    felt = steps.sensitivities(params, 0, 1, loss, told=lambda done: None)
+    images = np.concatenate([np.asarray(b["image"]) for b in steps.images.batches])
+
+    def of_bias(bias, image):  # the same for every token: the sum of their gradients
+        block = params["block_1"] | {"fc2": params["block_1"]["fc2"] | {"bias": bias}}
+        return loss(vit.forward(dims, params | {"block_1": block}, image[None]), None)[0]
+
+    def at_tokens(tap, image):
+        x = vit.stem(dims, params, image[None])
+        stack = vit.stack_blocks(params)["blocks"]
+        for i in range(dims.depth):
+            block = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+            for name in vit.PARTS:
+                x = vit.part(dims, name, block, x)[0]
+        return loss(vit.classify(dims, params, x + tap), None)[0]
+
+    gradients = jax.vmap(jax.grad(at_tokens), (None, 0))(jnp.zeros((1, dims.tokens, dims.embed)), images)[:, 0]
+    np.testing.assert_allclose(
+        gradients.sum(1),
+        jax.vmap(jax.grad(of_bias), (None, 0))(params["block_1"]["fc2"]["bias"], images),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    expected = np.einsum("bnd,bne->de", gradients, gradients) / len(images)
+    np.testing.assert_allclose(felt[-1].metric, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+# ------------------------------------------------------------------------------------------- least squares
+
+
+def test_ridge_is_the_solution_of_the_normal_equations():
+    rng = np.random.default_rng(1)
+    x, y, start = rng.standard_normal((50, 6)) + 3, rng.standard_normal((50, 4)), rng.standard_normal((6, 4))
+    cx, cy = x - x.mean(0), y - y.mean(0)
+    own = Moments(50.0, x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
+    r = 0.1 * np.trace(own.covariance) / 6
+    expected = start + np.linalg.solve(cx.T @ cx / 50 + r * np.eye(6), cx.T @ (cy - cx @ start) / 50)
+    found = leastsquares.Ridge(own, start).weights(0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    offset, metric = leastsquares.bias(own, found), np.arange(1.0, 5.0)
+    wrong = np.square(x @ found + offset - y) @ metric
+    assert leastsquares.error(own, found, offset, metric) == pytest.approx(wrong.mean(), rel=1e-10)
+
+
+def test_removal_costs_what_the_best_fit_of_the_rest_errs():
+    rng = np.random.default_rng(2)
+    x, w = rng.standard_normal((200, 8)) @ rng.standard_normal((8, 8)), rng.standard_normal((8, 3))
+    metric = np.diag([1.0, 2.0, 3.0])
+    x = x - x.mean(0)
+    own = Moments(200.0, np.zeros(8), np.zeros(3), x.T @ x, x.T @ (x @ w), np.square(x @ w).sum(0))
+    order, cost = leastsquares.removal(own, metric, np.ones(8), 1e-9, chunk=2)
+    assert sorted(order) == list(range(8)) and (np.diff(cost) >= 0).all()
+    for gone in (2, 4, 6):
+        rest = np.sort(order[gone:])
+        error = x @ w - x[:, rest] @ np.linalg.lstsq(x[:, rest], x @ w, rcond=None)[0]
+        assert cost[gone] == pytest.approx(0.5 * np.einsum("nd,de,ne->", error, metric, error) / 200, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- rebasis
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_change_of_basis_keeps_the_function(variant, x64):
+    dims = small_dims(**({"embed": 8, "qk": 3, "v": 5, "heads": 2} | VARIANTS[variant]))
+    params = random_params(dims)
+    rng, turned = np.random.default_rng(3), dict(params)
+    for i, (heads, qk, v) in enumerate(zip(dims.heads, dims.qk, dims.v, strict=True)):
+        values = np.stack([np.linalg.qr(rng.standard_normal((v, v)))[0] for _ in range(heads)])
+        found = [rebasis.logit_basis(*(m.T @ m for m in rng.standard_normal((2, 2 * qk, qk)))) for _ in range(heads)]
+        logits = np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+        turned[f"block_{i}"] = rebasis.change(params[f"block_{i}"], values, logits)
+    images = np.random.default_rng(4).standard_normal((3, dims.image, dims.image, dims.channels))
+    before, after = (run_forward(dims, p, images) for p in (params, turned))
+    assert before.dtype == np.float64
+    np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_dims_of_a_logit_basis_are_the_best_approximation():
+    """Of rank r: the singular values that are left out are the mean squared error of the logits."""
+    rng = np.random.default_rng(5)
+    q, k = rng.standard_normal((300, 6)), rng.standard_normal((200, 6)) @ np.diag([3, 2, 1, 1, 0.5, 0.1])
+    a, b, squares = rebasis.logit_basis(q.T @ q / 300, k.T @ k / 200)
+    np.testing.assert_allclose(a @ b.T, np.eye(6), atol=1e-9)
+    for rank in (2, 4):
+        error = np.square(q @ k.T - (q @ a[:, :rank]) @ (k @ b[:, :rank]).T).mean()
+        assert error == pytest.approx(squares[rank:].sum(), rel=1e-4)  # the moments are evened by 1e-6
+
+
+def test_value_bases_are_orthonormal_and_cost_rises():
+    rng = np.random.default_rng(6)
+    x, w = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 8)), rng.standard_normal((8, 5))
+    x = x - x.mean(0)
+    own = Moments(400.0, np.zeros(8), np.zeros(5), x.T @ x, x.T @ (x @ w), np.square(x @ w).sum(0))
+    bases, cost = rebasis.value_basis(own, np.eye(5), np.ones(2), 4, 1e-9)
+    np.testing.assert_allclose(np.einsum("hij,hik->hjk", bases, bases), np.tile(np.eye(4), (2, 1, 1)), atol=1e-10)
+    assert cost[0] == pytest.approx(0, abs=1e-9) and (np.diff(cost) >= 0).all()
+    for gone in (1, 2, 3):
+        features = x @ value_features(bases, np.tile(np.arange(4) < 4 - gone, (2, 1)).astype(float))
+        error = x @ w - features @ np.linalg.lstsq(features, x @ w, rcond=None)[0]
+        assert cost[gone] == pytest.approx(0.5 * np.square(error).sum() / 400, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- compensation
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_cut_changes_nothing(variant):
+    dims = small_dims(**VARIANTS[variant])
+    params = jax.tree.map(lambda p: (0.5 * p).astype(np.float32), random_params(dims))
+    steps = walk(dims)
+    felt = sensitivities(steps, params)
+    found = compensate(steps, params, params, host(full_masks(dims)), felt, ANEW, use_held=True)
+    before = logits(dims, params, steps)
+    scale = np.abs(before).max()
+    np.testing.assert_allclose(logits(dims, found.params, steps, found.masks), before, atol=1e-6 * max(scale, 1))
+
+
+def test_planted_dependencies_cost_nothing():
+    """Neurons and value dims that repeat others go; the rest takes over what they wrote."""
+    dims, params = model(heads=2, qk=8, v=8)
+    params = host(params)
+    masks = host(full_masks(dims))
+    for i in range(dims.depth):
+        block = params[f"block_{i}"]
+        for leaf in block["fc1"].values():
+            leaf[..., 16:] = leaf[..., :8]
+        for leaf in block["v"].values():
+            leaf[..., 6:] = 2 * leaf[..., :2]
+        masks.mlp[i, 16:] = 0
+        masks.v[i, :, 6:] = 0
+    steps = walk(dims, images=80)
+    felt = sensitivities(steps, params)
+    before = logits(dims, params, steps)
+    cut = logits(dims, params, steps, masks)
+    found = compensate(steps, params, params, masks, felt, KEEP, use_held=True)
+    scale = np.abs(before).max()
+    assert np.abs(cut - before).max() > 1e-2 * scale
+    np.testing.assert_allclose(logits(dims, found.params, steps, found.masks), before, atol=1e-5 * scale)
+
+
+def test_masked_parameters_of_what_goes_do_not_matter():
+    """Compensated weights stand for the masked model: the logits of the walk are those of the model."""
+    dims, params = model()
+    steps = walk(dims)
+    felt = sensitivities(steps, params)
+    scored = obs.score(steps, params, felt)
+    np.testing.assert_allclose(logits(dims, scored.params, steps), logits(dims, params, steps), rtol=1e-4, atol=1e-4)
+    masks = host(full_masks(dims))
+    masks.mlp[:, 10:], masks.v[:, :, 5:], masks.qk[:, :, 5:] = 0, 0, 0
+    masks = host(normalize(masks))
+    found = compensate(steps, params, scored.params, masks, felt, ANEW, use_held=False)
+    assert [m.sum() for m in found.masks] == [m.sum() for m in masks]
+    walked = np.concatenate([np.asarray(x) for x in found.logits])
+    np.testing.assert_allclose(logits(dims, found.params, steps, found.masks), walked, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["dead", "constant", "few", "saturated"])
+def test_hard_statistics_give_finite_weights(case):
+    dims, params = model(embed=16, mlp=24)
+    params, values, images = host(params), None, 40
+    if case == "dead":
+        for i in range(dims.depth):
+            params[f"block_{i}"]["fc1"]["bias"][:8] = -100
+            params[f"block_{i}"]["v"]["kernel"][..., :4] = 0
+            params[f"block_{i}"]["proj"]["kernel"][:] = 0
+    if case == "constant":
+        values = np.ones((40, dims.image, dims.image, dims.channels))
+    if case == "few":
+        images = 2
+    if case == "saturated":
+        params["head"]["kernel"] *= 1e4
+    steps = walk(dims, images=images, batch=1 if case == "few" else 8, values=values)
+    felt = sensitivities(steps, params)
+    scored = obs.score(steps, params, felt)
+    assert all(np.isfinite(s).all() for s in scored.scores)
+    masks = host(full_masks(dims))
+    masks.mlp[:, 6:], masks.v[:, :, 3:], masks.qk[:, :, 2:] = 0, 0, 0
+    found = compensate(steps, params, scored.params, host(normalize(masks)), felt, ANEW, use_held=True)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
+    assert np.isfinite(logits(dims, found.params, steps, found.masks)).all()
+
+
+def test_held_back_images_are_in_no_fit():
+    one = Moments(4.0, np.zeros(2), np.zeros(1), np.eye(2), np.ones((2, 1)), np.ones(1))
+    other = one._replace(xx=2 * np.eye(2))
+    nothing = Moments(0.0, *(np.zeros(0),) * 5)
+    dims, params = model()
+    felt = sensitivities(walk(dims), params)[0]
+    felt = dataclasses.replace(felt, metric=np.ones((1, 1)))
+    start = np.zeros((2, 1))
+    fitted, held = TokenMoments(nothing, one), TokenMoments(nothing, other)
+    found = leastsquares.fit(fitted, held, start, felt, use_held=False)
+    np.testing.assert_allclose(
+        found.weights, leastsquares.Ridge(one.scaled(0.25), start).weights(found.strength), rtol=1e-12
+    )
+    assert hold_back(10) == [False] * 4 + [True] + [False] * 4 + [True] and hold_back(1) == [False]
