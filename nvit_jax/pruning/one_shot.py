@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from nvit_jax.data.feed import Draws, Feed
@@ -30,11 +31,12 @@ def calibration_images(
     feed: Feed, images: int | None, batch: int | None, seed: tuple[int, ...], monitor: Monitor, *, labels: bool
 ) -> Images:
     """Batches on the devices, every fifth held back. Without `batch` they divide the images as evenly as they can."""
-    parallel = Parallel.create("jit")
-    devices = len(parallel.devices)
     known = feed.images()
     limit = IMAGES if images is None else images
     count = limit if known is None else min(known, limit)
+    some = jax.devices()[:count] if jax.process_count() == 1 else jax.devices()  # an image each at least
+    parallel = Parallel.create("jit", tuple(some))
+    devices = len(parallel.devices)
     feed = feed.some(count)
     size = batch or even_batch(count, devices)
     draws = Draws(size, seed, parallel, monitor.warn, labels=labels)

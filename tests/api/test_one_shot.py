@@ -1,0 +1,114 @@
+"""prune(method="one_shot") as it is by default: scores that know of compensation, compensation, its check."""
+
+import numpy as np
+import pytest
+
+import nvit_jax as nvit
+from nvit_jax.model.groups import flatten
+from nvit_jax.pruning import one_shot
+from nvit_jax.pruning.compensation import Compensated
+from nvit_jax.training.monitor import Monitor
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return nvit.load_dataset("digits").split("train").read(slice(0, 160))
+
+
+class Heard(Monitor):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def prune(*arguments, **options):
+    return nvit.prune(*arguments, **{"measure": None, "progress": False} | options)
+
+
+def divergence(a: nvit.Model, b: nvit.Model, images) -> float:
+    p, q = (np.asarray(m(images), np.float64) for m in (a, b))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def test_the_default_keeps_more_than_the_cut_alone(digits_model, digits):
+    """On images that were not calibrated on; and what the record says is what was asked for."""
+    images = nvit.load_dataset("digits").split("val").read(slice(0, 160))[0]
+    ours = prune(digits_model, digits[0], macs=0.6)
+    cut = prune(digits_model, digits[0], macs=0.6, criterion="fisher", compensate=False)
+    r = ours.record
+    assert r["criterion"] == "obs" and r["compensated"] and r["macs_ratio"] <= 0.6
+    assert r["divergence_compensated"] < r["divergence_cut"]
+    assert r["images_fitted"] + r["images_held_back"] == 160
+    assert divergence(digits_model, ours.model, images) < divergence(digits_model, cut.model, images)
+
+
+def test_masked_is_reshaped_and_a_model_may_be_pruned_twice(digits_model, digits):
+    images = digits[0]
+    first = prune(digits_model, images, macs=0.8, kinds=("head", "qk", "v", "mlp"))
+    second = prune(first.model, images, macs=0.8)
+    for found in (first, second):
+        # Sums of at most 200 float32 terms in another order, of logits of about 10.
+        np.testing.assert_allclose(found.masked(images), found.model(images), atol=2e-4)
+    assert second.record["macs_ratio"] <= 0.8 and second.record["compensated"]
+
+
+def test_compensated_models_go_out_and_come_back(digits_model, digits, tmp_path):
+    found = prune(digits_model, digits[0], macs=0.7).model
+    nvit.export(found, tmp_path / "out", ("safetensors",), say=lambda line: None)
+    again = nvit.load(tmp_path / "out" / "safetensors" / "model.safetensors")
+    ours, theirs = dict(flatten(found.params)), dict(flatten(again.params))
+    assert found.dims == again.dims
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(theirs[path], leaf, err_msg=str(path))
+
+
+def test_compensation_goes_with_every_criterion(digits_model, digits):
+    found = prune(digits_model, digits, macs=0.6, criterion="fisher", compensate=True)
+    assert found.record["compensated"] and found.record["divergence_compensated"] < found.record["divergence_cut"]
+    np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
+
+
+def test_what_is_worse_is_left_out(digits_model, digits, monkeypatch):
+    """The guard: a compensation that does harm is reported, and the model that is only cut stays."""
+    real = one_shot.compensate
+
+    def harmful(*arguments, **options):
+        found = real(*arguments, **options)
+        return Compensated(found.params, found.masks, [-x for x in found.logits])
+
+    monkeypatch.setattr(one_shot, "compensate", harmful)
+    heard = Heard()
+    found = nvit.prune(
+        digits_model, digits[0], macs=0.7, criterion="magnitude", compensate=True, progress=heard, measure=None
+    )
+    plain = prune(digits_model, digits[0], macs=0.7, criterion="magnitude", compensate=False)
+    assert not found.record["compensated"]
+    assert any("compensation is left out" in line for line in heard.lines)
+    np.testing.assert_allclose(found.model(digits[0]), plain.model(digits[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_images(count, digits_model, digits):
+    heard = Heard()
+    found = nvit.prune(digits_model, digits[0][:count], macs=0.7, progress=heard, measure=None)
+    assert np.isfinite(np.asarray(found.model(digits[0]))).all()
+    if count == 1:
+        assert any("cannot be checked" in line for line in heard.lines) and not found.record["compensated"]
+
+
+def test_what_does_not_go_together_is_said(digits_model, digits):
+    for options, text in (
+        ({"method": "gradual", "criterion": "obs"}, 'criterion="obs" goes with method="one_shot"'),
+        ({"method": "gradual", "compensate": True}, 'compensate=True goes with method="one_shot"'),
+        ({"kinds": ("embed", "mlp")}, 'kinds: "obs" has no scores for embed'),
+    ):
+        with pytest.raises(nvit.UserError, match=text):
+            prune(digits_model, digits, macs=0.7, **options)
+    with pytest.raises(nvit.UserError, match='"obs" scores the units'):
+        nvit.saliency(digits_model, digits, criterion="obs", progress=False)
