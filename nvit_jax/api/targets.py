@@ -14,7 +14,7 @@ from nvit_jax.pruning.loop import Plan
 from nvit_jax.pruning.ranking import Policy, Target, check_reachable, group_sizes, make_targets, smallest_dims
 from nvit_jax.pruning.rules import ranker
 
-OBS_KINDS = ("qk", "v", "mlp")  # that the criterion obs removes where nothing else is said
+OBS_KINDS = ("head", "qk", "v", "mlp")  # that the criterion obs removes where nothing else is said
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
 # The arguments' names -> those of ranking.make_targets.
 NAMES = {

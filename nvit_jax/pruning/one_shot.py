@@ -30,7 +30,7 @@ _DRAWS = 2  # labels drawn for an image
 def calibration_images(
     feed: Feed, images: int | None, batch: int | None, seed: tuple[int, ...], monitor: Monitor, *, labels: bool
 ) -> Images:
-    """Batches on the devices, every fifth held back. Without `batch` they divide the images as evenly as they can."""
+    """Batches on the devices, every fifth held back. They are of at most `batch` images and leave out few."""
     known = feed.images()
     limit = IMAGES if images is None else images
     count = limit if known is None else min(known, limit)
@@ -38,7 +38,7 @@ def calibration_images(
     parallel = Parallel.create("jit", tuple(some))
     devices = len(parallel.devices)
     feed = feed.some(count)
-    size = batch or even_batch(count, devices)
+    size = even_batch(count, devices, batch or _BATCH)
     draws = Draws(size, seed, parallel, monitor.warn, labels=labels)
     steps = max(1, feed.steps(size))
     reader = feed.reader(draws)
@@ -51,9 +51,9 @@ def calibration_images(
     return Images([parallel.shard(one) for one in batches], hold_back(steps), parallel)
 
 
-def even_batch(images: int, devices: int) -> int:
-    """A batch of at most 20 images, and at most a fifth of them, that leaves the fewest over."""
-    most = max(min(_BATCH, images // 5) // devices, 1) * devices
+def even_batch(images: int, devices: int, limit: int) -> int:
+    """A batch of at most `limit` images, and at most a fifth of them, that leaves the fewest over."""
+    most = max(min(limit, images // 5) // devices, 1) * devices
     least = max(most // 2 // devices, 1) * devices
     return min(range(most, least - 1, -devices), key=lambda size: (images % size, -size))
 
