@@ -85,8 +85,9 @@ def prune(
       latency_table: a `nvit.LatencyTable`, `nvit.Roofline`, the path of a table, or a function from ViTDims to
         milliseconds. Where a latency is asked for and none is given, this device is measured first: minutes.
       training: how weights train between prunings (gradual, iterative).
-      images: score with so many images; None: with all.
-      batch: images that are scored together (default 64), where `batches` are no batches yet.
+      images: score with so many images; None: with all, or with 2,048 for obs and compensation.
+      batch: images that are scored together (default 64; 20 for obs and compensation, which may take fewer so that some
+        can be held back), where `batches` are no batches yet.
       evaluate_on: images and labels that the masked model is evaluated on after each pruning, for the record.
       measure: time both models at this batch size for the record, in turns; None: do not.
       directory: where states are saved, and from where a stopped run resumes; without it nothing touches the disk.

@@ -26,7 +26,7 @@ from nvit_jax.model.preprocessing import normalise
 from nvit_jax.parallel import check_same, fetch
 from nvit_jax.pruning import saliency, scoring
 from nvit_jax.pruning.loop import Plan, PruneState, Pruning, Task, new_prune_state, prune_loop
-from nvit_jax.pruning.one_shot import OneShot, calibration_images
+from nvit_jax.pruning.one_shot import CHECKED, OneShot, calibration_images
 from nvit_jax.pruning.ranking import Ranking, Target
 from nvit_jax.pruning.rules import Ranker
 from nvit_jax.pruning.scoring import BatchScores, Scoring, make_score_step
@@ -90,7 +90,6 @@ class Pruner:
         self.scores: Units | None = None
         self._told: Callable[[Pruning], None] | None = None
         self._reader: Reader | None = None
-        self.check: dict[str, Any] = {"compensated": False}  # what compensation found
         self._evaluate = None
         if held is not None:
             batch = 4 * self.trainer.batch
@@ -160,15 +159,17 @@ class Pruner:
         walk = Walk(self.dims, images, self.feed.normalise)
         return OneShot.begin(walk, fetch(self.model.params), setup.recipe.seed, loss, self.monitor)
 
-    def remove(self, state: distill.TrainState, masks: Units) -> distill.TrainState:
+    def remove(self, state: distill.TrainState, masks: Units) -> tuple[distill.TrainState, Mapping[str, Any]]:
         params, found = state.params, masks
+        facts: dict[str, Any] = {}
         if self.setup.compensate:
-            params, found, self.check = self._one_shot.compensate(masks)
+            params, found, facts = self._one_shot.compensate(masks)
             check_same((params, found), "compensated weights")
         elif self.setup.turned:
             params = self._one_shot.ready
         placed = Units(*(jnp.asarray(m) for m in found))
-        return state._replace(params=params, masks=placed, opt_state=zero_removed(state.opt_state, placed))
+        opt_state = zero_removed(state.opt_state, placed)
+        return state._replace(params=params, masks=placed, opt_state=opt_state), facts
 
     def train(self, state: PruneState, until: int) -> distill.TrainState:
         recipe, step = self.setup.recipe, self.steps[int(state.prunings) > 0][0]
@@ -230,13 +231,14 @@ class Pruner:
         return state
 
     def _record(self, state: PruneState, masked: Model, small: Model) -> dict[str, Any]:
-        dims, now, predict = self.dims, small.dims, self.setup.latency
+        dims, now, predict, history = self.dims, small.dims, self.setup.latency, self._history()
         predicted = predict(now) if predict else None
         return {
             "criterion": self.setup.scoring.criterion,
             "method": self.setup.plan.method,
             "prunings": int(state.prunings),
-            **self.check,
+            "compensated": False,
+            **{key: history[-1][key] for key in CHECKED if key in history[-1]},
             "removed": _removed(dims, now),
             "dims": now.to_json(),
             "macs_ratio": count_macs(now) / count_macs(dims),
@@ -246,7 +248,7 @@ class Pruner:
             "latency_source": source(predict),
             **self._measured(now),
             "masked_vs_compact_max_abs_diff": self._difference(masked, small),
-            "history": self._history(),
+            "history": history,
             "peak_memory_bytes": peak_memory(),
             "seconds": self.monitor.seconds(),
         }

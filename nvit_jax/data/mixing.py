@@ -30,7 +30,7 @@ class Mixing:
     shards: int = 1
 
     def __call__(self, key: jax.Array, step: Any, batch: Batch, local_shards: int | None = None) -> Batch:
-        """Normalised images [B, s, s, c] -> augmented ones, with "mixed_label" [B] and "label_share" [] where mixed.
+        """Normalised images [B, s, s, c] -> augmented ones; mixed labels are "mixed_label" [B] and "label_share" [].
 
         `local_shards`: how many of the shards this call sees (under pmap a device sees its own part of the batch).
         """
@@ -55,11 +55,8 @@ class Mixing:
         share = jnp.where(cut, kept, share)
         other = partner(images)
         mixed = jnp.where(cut, jnp.where(inside[..., None], other, images), share * images + (1 - share) * other)
-        return batch | {
-            "image": mixed.astype(images.dtype),
-            "mixed_label": partner(batch["label"]),
-            "label_share": share,
-        }
+        batch = batch | {"image": mixed.astype(images.dtype)}
+        return batch | {"mixed_label": partner(batch["label"]), "label_share": share} if "label" in batch else batch
 
 
 def cut_box(key: jax.Array, size: int, share: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -67,6 +67,7 @@ class Block(nn.Module):
 
         if "attention" in self.parts:
             y = norm(name="norm1")(x, embed)
+            self.sow(TAPS, "inputs", y)
             q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
             k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
             v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
@@ -83,6 +84,7 @@ class Block(nn.Module):
 
         if "mlp" in self.parts:
             y = norm(name="norm2")(x, embed)
+            self.sow(TAPS, "inputs", y)
             y = dense((d.mlp[i],), name="fc1")(y)
             y = gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
             self.sow(TAPS, "features", y)
@@ -274,8 +276,9 @@ def part(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One of the PARTS of one block on the stream [B, N, D]: the stream behind it, and what flows inside.
 
-    `block` has the padded widths of `dims`. Inside: "features", what the part's last matrix reads, [B, N, H, V] or
-    [B, N, M]; of attention also "queries" and "keys" [B, N, H, Q].
+    `block` has the padded widths of `dims`, `embed` [D] are gates of the stream. Inside: "inputs" [B, N, D] behind the
+    norm; "features", what the part's last matrix reads, [B, N, H, V] or [B, N, M]; of attention also "queries" and
+    "keys" [B, N, H, Q].
     """
     module = Block(dims.padded(), 0, parts=(name,))
     (x, _), found = module.apply({"params": block}, x, 0, None, embed, None, mutable=[TAPS])

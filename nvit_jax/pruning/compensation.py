@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.pruning import rebasis
 from nvit_jax.pruning.leastsquares import Fit, fit, removal
 from nvit_jax.pruning.statistics import Sensitivity, Streams, TokenMoments, Walk, padded_block
 
+READERS = {"attention": ("q", "k", "v"), "mlp": ("fc1",)}  # of the stream, in the parts of a block
 ORDER = 1e-2  # ridge of the fits that features are chosen by
 TOKENS = 0.25  # power of the tokens' weights in them
 
@@ -127,22 +129,62 @@ def compensate(
       told: hears of every block that is done.
     """
     dims = walk.dims
+    embed = None if np.all(masks.embed) else np.asarray(masks.embed)
     before = walk.begin(dense)
-    ours = before
+    ours = before if embed is None else walk.begin(params, embed)
     out, kept = dict(params), Units(*(np.array(m) for m in masks))
     for index in range(dims.depth):
         name = f"block_{index}"
         original = padded_block(dims, dense[name])
         block = params[name]
-        for part, feel in zip(("attention", "mlp"), felt[2 * index : 2 * index + 2], strict=True):
+        for part, feel in zip(vit.PARTS, felt[2 * index : 2 * index + 2], strict=True):
             after = walk.advance(part, original, before)
+            if embed is not None:
+                feel = feel.of(embed)
+                inputs = walk.inputs(part, padded_block(dims, block), ours, before, embed)
+                block = align(block, READERS[part], inputs, embed, feel, use_held=use_held)
             found = part_moments(walk, block, kept, index, part, ours, after)
             block, kept = compensate_part(dims, block, kept, index, part, found, feel, chosen, use_held=use_held)
-            ours = walk.advance(part, padded_block(dims, masked_block(block, kept, index)), ours)
+            ours = walk.advance(part, padded_block(dims, masked_block(block, kept, index)), ours, embed)
             before = after
         out[name] = block
         told(index + 1)
-    return Compensated(out, kept, walk.logits(params, ours))
+    if embed is not None and dims.classes:
+        readers = ("pre_logits",) if dims.pre_logits else ("head", "head_dist")[: dims.classifiers]
+        feel = Sensitivity(np.zeros((0, 0)), 1.0, 1.0)  # the metric is the readers'
+        out = align(out, readers, walk.classifier_inputs(params, ours, before, embed), embed, feel, use_held=use_held)
+    return Compensated(out, kept, walk.logits(out, ours, embed))
+
+
+def align(
+    params: Params,
+    readers: tuple[str, ...],
+    inputs: tuple[TokenMoments, TokenMoments],
+    embed: np.ndarray,
+    felt: Sensitivity,
+    *,
+    use_held: bool,
+) -> Params:
+    """Parameters with readers of the stream that make good for embed channels which are gone.
+
+    What they read of the dense model's stream, behind a norm, is fitted by what is read of the channels that are left
+    (`inputs`: to fit, held back). That linear map is multiplied into the readers; its shift goes into their biases,
+    where they have any.
+    """
+    kernels = {name: np.asarray(params[name]["kernel"], np.float64) for name in readers}
+    metric = np.sum([np.square(k).reshape(len(k), -1).sum(1) for k in kernels.values()], 0)
+    keep, (fitted, held) = np.flatnonzero(embed), inputs
+    weighed = dataclasses.replace(felt, metric=np.diag(metric))
+    found = fit(pick(fitted, keep), pick(held, keep), np.eye(len(metric))[keep], weighed, use_held=use_held)
+    whole = np.zeros((len(metric), len(metric)))
+    whole[keep] = found.weights
+    out = dict(params)
+    for name, kernel in kernels.items():
+        new = {"kernel": np.tensordot(whole, kernel, 1)}
+        if "bias" in params[name]:
+            new["bias"] = np.asarray(params[name]["bias"], np.float64) + np.tensordot(found.bias, kernel, 1)
+        out[name] = {leaf: new[leaf].astype(np.asarray(old).dtype) for leaf, old in params[name].items()}
+    return out
 
 
 def part_moments(
@@ -155,7 +197,8 @@ def part_moments(
     cut = masked_block(block, masks, index)
     whole = padded_block(walk.dims, block | {name: cut[name] for name in ("q", "k")})
     rows = feature_rows(walk.dims, index, part)
-    fitted, held = (pick(found, rows) for found in walk.gather(part, whole, ours, after))
+    embed = None if np.all(masks.embed) else np.asarray(masks.embed)
+    fitted, held = (pick(found, rows) for found in walk.gather(part, whole, ours, after, embed))
     return fitted, held
 
 

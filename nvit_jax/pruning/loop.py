@@ -105,8 +105,8 @@ class Work(Protocol):
     def score(self, state: TrainState, pruning: int) -> Units:
         """Scores averaged over that pruning's batches."""
 
-    def remove(self, state: TrainState, masks: Units) -> TrainState:
-        """The train state with these masks, and with weights that make good for what they remove."""
+    def remove(self, state: TrainState, masks: Units) -> tuple[TrainState, Mapping[str, Any]]:
+        """The train state with these masks and weights that make good for what they remove; facts for the record."""
 
     def train(self, state: PruneState, until: int) -> TrainState:
         """The train state at that optimizer step."""
@@ -133,9 +133,9 @@ def prune_loop(state: PruneState, task: Task, work: Work, monitor: Monitor) -> P
         met = all(t.holds(ranking.dims) for t in task.targets)
         if not met and ranking.exhausted:
             raise UserError(": no group is left to remove and the targets do not hold; lower the floors", "floors")
-        trained = work.remove(state.train, ranking.masks)
+        trained, facts = work.remove(state.train, ranking.masks)
         state = PruneState(trained, scores, np.int32(pruning + 1), np.bool_(met))
-        line = history_line(ranking, task, pruning + 1, int(trained.step)) | {"met": met}
+        line = history_line(ranking, task, pruning + 1, int(trained.step)) | {"met": met, **facts}
         line |= {f"val_{name}": value for name, value in work.evaluate(trained).items()}
         monitor.history(line)
         work.pruned(Pruning(line, scores, kept_dims(normalize(before), task.dims), ranking.dims, trained))

@@ -50,7 +50,7 @@ def score(
 
     Args:
       turned: change the bases; otherwise query/key and value dims are scored where they are.
-      calibrated: scale by real cuts, if there are held-back images.
+      calibrated: scale by real cuts.
       told: hears of every block that is done.
     """
     dims = walk.dims
@@ -59,7 +59,7 @@ def score(
     out = dict(params)
     cuts: list[dict[str, Any]] = []
     stream = walk.begin(params)
-    judge = _Judge(walk, params) if calibrated and any(walk.images.held) else None
+    judge = _Judge(walk, params) if calibrated else None
     for index in range(dims.depth):
         name = f"block_{index}"
         padded = padded_block(dims, params[name])
@@ -134,13 +134,13 @@ def _head_losses(moments: Moments, metric: np.ndarray, heads: int) -> np.ndarray
 
 
 class _Judge:
-    """Real cuts, and what they do to the outputs on held-back images."""
+    """Real cuts, and what they do to the outputs on held-back images, or on all where none are."""
 
     def __init__(self, walk: Walk, params: Params) -> None:
         self.walk = walk
         self.params = walk.parallel.place(vit.stack_blocks(params))
         everything = walk.begin(params)
-        held = [i for i, back in enumerate(walk.images.held) if back]
+        held = [i for i, back in enumerate(walk.images.held) if back or not any(walk.images.held)]
         size = len(walk.images.batches[0]["image"])
         self.held = held[: max(_JUDGED // size, 1)]
         self.dense = walk.finish(self.params, [everything[i] for i in self.held], 0)

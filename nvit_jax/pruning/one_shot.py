@@ -18,10 +18,12 @@ from nvit_jax.model.groups import Params
 from nvit_jax.parallel import Parallel, any_process
 from nvit_jax.pruning import obs
 from nvit_jax.pruning.compensation import Chosen, compensate, masked_block
-from nvit_jax.pruning.statistics import Images, Sensitivity, Walk, hold_back, padded_block
+from nvit_jax.pruning.statistics import Gates, Images, Sensitivity, Walk, hold_back, padded_block
 from nvit_jax.training.distill import Stopped
 from nvit_jax.training.monitor import Monitor
 
+# What compensation finds.
+CHECKED = ("compensated", "images_fitted", "images_held_back", "divergence_cut", "divergence_compensated")
 IMAGES = 2048  # at most, where nobody says how many
 _BATCH = 20  # images at most, where nobody says how many
 _DRAWS = 2  # labels drawn for an image
@@ -101,7 +103,8 @@ class OneShot:
         with self.monitor.progress(2 * walk.dims.depth, what="compensating", unit="block"):
             told = _Told(self.monitor)
             held = [i for i, back in enumerate(images.held) if back]
-            dense, cut = self._logits(self.params, held), self._logits(_masked(walk, params, masks), held)
+            dense = self._logits(self.params, held)
+            cut = self._logits(_masked(walk, params, masks), held, np.asarray(masks.embed))
             fitted = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=False, told=told)
             check: dict[str, Any] = {
                 "images_fitted": images.count(held=False),
@@ -121,10 +124,10 @@ class OneShot:
             found = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=True, told=told)
         return found.params, found.masks, check | {"compensated": True}
 
-    def _logits(self, params: Params, batches: list[int]) -> list[Any]:
-        streams = self.walk.begin(params)
+    def _logits(self, params: Params, batches: list[int], embed: Gates = None) -> list[Any]:
+        streams = self.walk.begin(params, embed)
         placed = self.walk.parallel.place(vit.stack_blocks(params))
-        return self.walk.finish(placed, [streams[i] for i in batches], 0)
+        return self.walk.finish(placed, [streams[i] for i in batches], 0, embed)
 
 
 class _Told:
@@ -140,7 +143,7 @@ class _Told:
 
 
 def _masked(walk: Walk, params: Params, masks: Units) -> Params:
-    """Parameters whose removed units are 0."""
+    """Parameters whose removed units are 0, but for embed channels, which are gated."""
     host = Units(*(np.asarray(m) for m in masks))
     blocks = {
         f"block_{i}": padded_block(walk.dims, masked_block(params[f"block_{i}"], host, i))

@@ -121,6 +121,10 @@ class Sensitivity:
     prefix: float
     patches: float
 
+    def of(self, embed: np.ndarray) -> "Sensitivity":
+        """To errors in the channels that are left alone; `embed` [D] is 0 for the others."""
+        return dataclasses.replace(self, metric=self.metric * np.outer(embed, embed))
+
     def shares(self, power: float) -> tuple[float, float]:
         """Weights of a prefix token and of a patch in a regression: what the loss feels of it, to a power.
 
@@ -153,6 +157,7 @@ def hold_back(count: int) -> list[bool]:
 
 
 Streams = list[jax.Array]  # [B, N, D] of every batch
+Gates = np.ndarray | None
 
 
 class Walk:
@@ -177,48 +182,85 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------ streams
 
-    def begin(self, params: Params) -> Streams:
-        """In front of the first block."""
-        step = self._step("stem", lambda p, b: vit.stem(self.dims, p, self._normalise(b["image"])), rows=True)
-        rest = self.parallel.place(_outside(params))
-        return [step(rest, batch) for batch in self.images.batches]
+    # `embed` [D]: gates of the stream; None where all channels are there.
 
-    def advance(self, name: str, block: Params, streams: Streams) -> Streams:
+    def begin(self, params: Params, embed: Gates = None) -> Streams:
+        """In front of the first block."""
+
+        def step(state: Any, batch: Any) -> jax.Array:
+            return vit.stem(self.dims, state[0], self._normalise(batch["image"]), state[1])
+
+        run = self._step("stem", step, rows=True)
+        state = self.parallel.place((_outside(params), embed))
+        return [run(state, batch) for batch in self.images.batches]
+
+    def advance(self, name: str, block: Params, streams: Streams, embed: Gates = None) -> Streams:
         """Behind a part."""
-        step = self._step(("advance", name), lambda b, x: vit.part(self.dims, name, b, x)[0], rows=True)
-        placed = self.parallel.place(block)
-        return [step(placed, x) for x in streams]
+        step = self._step(("advance", name), lambda s, x: vit.part(self.dims, name, s[0], x, s[1])[0], rows=True)
+        state = self.parallel.place((block, embed))
+        return [step(state, x) for x in streams]
 
     def gather(
-        self,
-        name: str,
-        block: Params,
-        ours: Streams,
-        after: Streams,
+        self, name: str, block: Params, ours: Streams, after: Streams, embed: Gates = None
     ) -> tuple[TokenMoments, TokenMoments]:
         """(of the images to fit, of those held back): the part's features on `ours`, and what it should write there.
 
         `after` is the dense model's stream behind the part. What it should write is after - ours.
         """
 
-        prefix = self.dims.prefix
+        def pair(state: Any, x: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, taps = vit.part(self.dims, name, state[0], x, state[1])
+            return taps["features"].reshape(*x.shape[:2], -1), after - x
+
+        return self._moments(("gather", name), pair, (block, embed), ours, after)
+
+    def inputs(
+        self, name: str, block: Params, ours: Streams, before: Streams, embed: Gates
+    ) -> tuple[TokenMoments, TokenMoments]:
+        """As `gather`: what a part reads of `ours`, behind its norm, and what it reads of the dense model's stream."""
+
+        def pair(state: Any, x: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+            ours = vit.part(self.dims, name, state[0], x, state[1])[1]["inputs"]
+            return ours, vit.part(self.dims, name, state[0], before)[1]["inputs"]
+
+        return self._moments(("inputs", name), pair, (block, embed), ours, before)
+
+    def classifier_inputs(
+        self, params: Params, ours: Streams, dense: Streams, embed: Gates
+    ) -> tuple[TokenMoments, TokenMoments]:
+        """As `inputs`, of the classifiers; what all of them read counts as patches."""
+        features = dataclasses.replace(self.dims, classes=0, pre_logits=0)
+
+        def pair(state: Any, x: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return vit.classify(features, state[0], x, state[1]), vit.classify(features, state[0], dense)
+
+        return self._moments("classifier_inputs", pair, (_outside(params), embed), ours, dense, prefix=0)
+
+    def _moments(
+        self,
+        key: Any,
+        pair: Callable[..., tuple[jax.Array, jax.Array]],
+        state: Any,
+        ours: Streams,
+        dense: Streams,
+        prefix: int | None = None,
+    ) -> tuple[TokenMoments, TokenMoments]:
+        """(of the images to fit, of those held back): of the features and targets `pair(state, ours, dense)`."""
+        prefix = self.dims.prefix if prefix is None else prefix
 
         def step(state: Any, batch: Any) -> list[tuple[jax.Array, ...]]:
-            x, after = batch
-            _, taps = vit.part(self.dims, name, state, x)
-            features, target = taps["features"].reshape(*x.shape[:2], -1), after - x
+            features, target = pair(state, *batch)
             groups = slice(0, prefix), slice(prefix, None)
             return [moments(features[:, tokens], target[:, tokens]) for tokens in groups if tokens != slice(0, 0)]
 
-        run = self._step(("gather", name), step, rows=False)
-        placed = self.parallel.place(block)
-        found = [jax.device_get(run(placed, batch)) for batch in zip(ours, after, strict=True)]
-
-        def fold(back: bool) -> TokenMoments:
-            own = [one for one, held in zip(found, self.images.held, strict=True) if held == back]
-            return TokenMoments(summed(one[0] for one in own if prefix), summed(one[-1] for one in own))
-
-        return fold(False), fold(True)
+        run = self._step(key, step, rows=False)
+        placed = self.parallel.place(state)
+        nothing = summed(())
+        found = {held: TokenMoments(nothing, nothing) for held in (False, True)}
+        for batch, held in zip(zip(ours, dense, strict=True), self.images.held, strict=True):
+            one = jax.device_get(run(placed, batch))
+            found[held] += TokenMoments(summed(one[:-1]), summed(one[-1:]))
+        return found[False], found[True]
 
     def queries_and_keys(
         self, block: Params, shares: tuple[float, float], streams: Streams
@@ -247,29 +289,29 @@ class Walk:
 
     # ------------------------------------------------------------------------------------------- losses
 
-    def logits(self, params: Params, streams: Streams) -> list[jax.Array]:
+    def logits(self, params: Params, streams: Streams, embed: Gates = None) -> list[jax.Array]:
         """[B, T, C] of streams behind the last block; of a model without classes its features."""
-        step = self._step("classify", lambda p, x: vit.classify(self.dims, p, x), rows=True)
-        rest = self.parallel.place(_outside(params))
-        return [step(rest, x) for x in streams]
+        step = self._step("classify", lambda s, x: vit.classify(self.dims, s[0], x, s[1]), rows=True)
+        state = self.parallel.place((_outside(params), embed))
+        return [step(state, x) for x in streams]
 
-    def finish(self, params: Params, streams: Streams, block: int) -> list[jax.Array]:
-        """Logits of streams in front of a block."""
+    def finish(self, params: Params, streams: Streams, block: int, embed: Gates = None) -> list[jax.Array]:
+        """Logits of streams in front of a block; `params` with stacked blocks, placed."""
 
         def step(state: Any, x: jax.Array) -> jax.Array:
-            params, first = state
+            params, first, gates = state
 
             def one(i: jax.Array, x: jax.Array) -> jax.Array:
                 own = jax.tree.map(lambda leaf: leaf[i], params["blocks"])
                 for name in vit.PARTS:
-                    x = vit.part(self.dims, name, own, x)[0]
+                    x = vit.part(self.dims, name, own, x, gates)[0]
                 return x
 
             x = jax.lax.fori_loop(first, self.dims.depth, one, x)
-            return vit.classify(self.dims, _outside(params), x)
+            return vit.classify(self.dims, _outside(params), x, gates)
 
         run = self._step("finish", step, rows=True)
-        return [run((params, np.int32(block)), x) for x in streams]
+        return [run((params, np.int32(block), embed), x) for x in streams]
 
     def divergence(self, ours: list[jax.Array], theirs: list[jax.Array]) -> float:
         """Mean over images: KL of the classifiers' mean from `theirs`; without classes the mean square of the error."""

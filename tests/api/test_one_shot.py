@@ -74,6 +74,27 @@ def test_compensation_goes_with_every_criterion(digits_model, digits):
     np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
 
 
+@pytest.mark.parametrize("kinds", [("embed",), ("embed", "qk")])
+def test_removed_embed_channels_are_made_good_for(kinds, digits_model, digits):
+    """By every reader of the stream; the check sees them, too."""
+    images = nvit.load_dataset("digits").split("val").read(slice(0, 160))[0]
+    choices = {"macs": 0.7, "kinds": kinds, "criterion": "magnitude"}
+    found, cut = (prune(digits_model, digits[0], compensate=c, **choices) for c in (True, False))
+    r = found.record
+    assert found.model.dims.embed < digits_model.dims.embed and r["compensated"]
+    # The held-back images and others are alike: about 32 and 160 of them.
+    assert r["divergence_cut"] == pytest.approx(divergence(digits_model, cut.model, images), rel=0.5)
+    assert divergence(digits_model, found.model, images) < 0.8 * divergence(digits_model, cut.model, images)
+    np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
+
+
+def test_a_finished_pruning_remembers_what_compensation_found(digits_model, digits, tmp_path):
+    first, again = (prune(digits_model, digits[0], macs=0.7, directory=tmp_path / "out") for _ in range(2))
+    assert first.record["compensated"]
+    for key in one_shot.CHECKED:
+        assert again.record[key] == first.record[key]
+
+
 def test_what_is_worse_is_left_out(digits_model, digits, monkeypatch):
     """The guard: a compensation that does harm is reported, and the model that is only cut stays."""
     real = one_shot.compensate

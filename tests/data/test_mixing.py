@@ -41,6 +41,13 @@ def test_mixed_images_are_what_the_share_says(shards):
         assert float(found["label_share"]) == pytest.approx(1 - taken.mean(), abs=1e-6)
 
 
+def test_images_without_labels_are_mixed_alike():
+    given = batch()
+    images = {name: value for name, value in given.items() if name != "label"}
+    one, other = (Mixing(mixup=0.8)(jax.random.key(0), 3, b) for b in (given, images))
+    assert np.array_equal(one["image"], other["image"]) and "mixed_label" not in other
+
+
 def test_shares_and_switching_in_numbers():
     """Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)); 2,000 draws, 5 standard errors."""
     mix = Mixing(mixup=0.8, cutmix=1.0)

@@ -75,9 +75,11 @@ def test_statistics_do_not_depend_on_devices():
         masks = host(full_masks(dims))
         masks.mlp[:, 12:] = 0
         done = compensate(steps, params, params, masks, felt, KEEP, use_held=True)
-        found.append((felt[0].metric, felt[-1].metric, done.params["block_1"]["fc2"]["kernel"]))
-    for one, four in zip(*found, strict=True):
-        np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+        answers = np.concatenate([np.asarray(x) for x in done.logits])
+        found.append((felt[0].metric, felt[-1].metric, answers, done.params["block_1"]["fc2"]["kernel"]))
+    # Weights: a fit multiplies the rounding of its float32 moments by the condition of C, which its ridge bounds.
+    for one, four, tolerance in zip(*found, (1e-5, 1e-5, 1e-5, 1e-4), strict=True):
+        np.testing.assert_allclose(four, one, rtol=0, atol=tolerance * np.abs(one).max())
 
 
 def test_the_metric_is_the_mean_of_squared_gradients():

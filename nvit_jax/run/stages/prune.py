@@ -20,6 +20,7 @@ from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import is_main
 from nvit_jax.pruning import ranking
 from nvit_jax.pruning.loop import Pruning
+from nvit_jax.pruning.one_shot import CHECKED
 from nvit_jax.run.stages import rules
 from nvit_jax.run.stages.common import (
     Run,
@@ -165,6 +166,7 @@ def _result(run: Run, found: Pruned, dataset: Dataset, predict: Latency | None) 
         "dims",
     )
     result = {"criterion": r["criterion"], "target": target} | {key: r[key] for key in keys}
+    result |= {key: r[key] for key in CHECKED if key in r}
     result |= {
         "latency_source": source(predict),
         "calibration_overlap": dataset.overlap > 0,
