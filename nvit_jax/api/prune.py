@@ -70,8 +70,8 @@ def prune(
       macs, params, latency: what the small model may cost, as a ratio in (0, 1] to `model`.
       max_macs, max_params, max_ms: the same as absolute numbers: an image's MACs, parameters, milliseconds of a batch
         of the latency table. Every limit that is given holds in the end.
-      criterion: "obs" (usual for one_shot), "fisher" (usual otherwise), "hvp", "obd", "taylor", "hvp_joint",
-        "magnitude", "random", or a `nvit.Scoring`.
+      criterion: "obs" (usual for one_shot), "fisher" (usual otherwise), "fisher_set", "hvp", "obd", "taylor",
+        "hvp_joint", "magnitude", "random", or a `nvit.Scoring`.
       method: "one_shot" removes everything at once without a gradient step; "gradual" prunes in steps and trains
         between them; "iterative" (NViT) removes a few groups at a time. Or a `nvit.Plan`.
       rule: "per_cost" (usual) removes the group with the least score for the cost that it saves; "solve" (usual for
@@ -131,7 +131,7 @@ def prune(
         measurement=measure,
         images=images,
         compensate=not plan.trains if compensate is None else compensate,
-        turned=scoring.criterion == "obs",
+        may_go=policy.may_go,
     )
     with open_monitor(progress, directory, "prune", None, (model, limits, plan, choice, scoring, recipe)) as monitor:
         found = Pruner(model, feed, held, setup, monitor).run(callback)
@@ -143,13 +143,14 @@ def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool 
     """UserError for a method that cannot do what is asked for."""
     if plan.trains and compensate:
         raise UserError('=True goes with method="one_shot"; otherwise training makes good for what goes', "compensate")
-    if scoring.criterion != "obs":
+    name = scoring.criterion
+    if not scoring.calibrated:
         return
     if plan.trains:
-        raise UserError('="obs" goes with method="one_shot"; "fisher" goes with every method', "criterion")
+        raise UserError(f'="{name}" goes with method="one_shot"; "fisher" goes with every method', "criterion")
     if scoring.usual_loss == "mix":
-        raise UserError('="obs" takes the losses drawn, labels and own', "criterion")
-    if "embed" in (choice.kinds or ()):
+        raise UserError(f'="{name}" takes the losses drawn, labels and own', "criterion")
+    if name == "obs" and "embed" in (choice.kinds or ()):
         raise UserError(f': "obs" has no scores for embed, only for {", ".join(KINDS[1:])}', "kinds")
 
 

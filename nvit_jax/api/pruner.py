@@ -52,7 +52,7 @@ class Setup:
     measurement: Measurement | None = None
     images: int | None = None
     compensate: bool = False  # one_shot: the weights that stay make good for what goes
-    turned: bool = False  # one_shot: units are scored, and go, in other bases (the criterion obs)
+    may_go: Callable[[str, int], bool] = lambda kind, block: True  # fisher_set: what sets are made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Pruner:
         self.scores: Units | None = None
         self._told: Callable[[Pruning], None] | None = None
         self._reader: Reader | None = None
+        self._facts: dict[str, Any] = {}  # what scoring has found, for the record
         self._evaluate = None
         if held is not None:
             batch = 4 * self.trainer.batch
@@ -107,7 +108,7 @@ class Pruner:
             drop_path = 0.0
         teacher = recipe.label_teacher
         train = self.trainer.compiled(self.optimizer, objective=objective, drop_path=drop_path)
-        if self.setup.turned:
+        if self.setup.scoring.calibrated:
             return train, _no_training
         score = make_score_step(
             self.dims, self.setup.scoring, objective, label_teacher=teacher.logits if teacher else None
@@ -137,8 +138,12 @@ class Pruner:
 
     def score(self, state: distill.TrainState, pruning: int) -> Units:
         plan = self.setup.plan
-        if self.setup.turned:
+        if self.setup.scoring.criterion == "obs":
             return self._one_shot.score()
+        if self.setup.scoring.criterion == "fisher_set":
+            scores, found = self._one_shot.score_sets(self.setup.may_go)
+            self._facts |= found
+            return scores
         if self.setup.scoring.from_training:
             return scoring.from_training(state, plan.interval if pruning else plan.warmup)
         return self._from_batches(self.trainer.inputs(state), pruning)
@@ -147,7 +152,7 @@ class Pruner:
     def _one_shot(self) -> OneShot:
         """The calibration on its images."""
         setup, chosen = self.setup, self.setup.scoring
-        given = chosen.usual_loss in ("labels", "own") and setup.turned
+        given = chosen.usual_loss in ("labels", "own") and chosen.calibrated
         limit = setup.images
         if limit is None and chosen.batch and chosen.batches:
             limit = chosen.batch * chosen.batches
@@ -157,15 +162,16 @@ class Pruner:
         objective = Objective(own=setup.recipe.objective.own) if chosen.usual_loss == "own" else Objective()
         loss = (lambda logits, batch: objective_loss(objective, logits, batch)[0]) if given else None
         walk = Walk(self.dims, images, self.feed.normalise)
-        return OneShot.begin(walk, fetch(self.model.params), setup.recipe.seed, loss, self.monitor)
+        return OneShot(walk, fetch(self.model.params), setup.recipe.seed, loss, self.monitor)
 
     def remove(self, state: distill.TrainState, masks: Units) -> tuple[distill.TrainState, Mapping[str, Any]]:
         params, found = state.params, masks
-        facts: dict[str, Any] = {}
+        facts = dict(self._facts)
         if self.setup.compensate:
-            params, found, facts = self._one_shot.compensate(masks)
+            params, found, check = self._one_shot.compensate(masks)
+            facts |= check
             check_same((params, found), "compensated weights")
-        elif self.setup.turned:
+        elif self.setup.scoring.criterion == "obs":
             params = self._one_shot.ready
         placed = Units(*(jnp.asarray(m) for m in found))
         opt_state = zero_removed(state.opt_state, placed)
@@ -214,7 +220,7 @@ class Pruner:
         with setup.recipe.precision(), monitor.progress(total, first), contextlib.ExitStack() as stack:
             if plan.trains:
                 self._reader = stack.enter_context(self.trainer.reader(0))
-            if not (setup.scoring.from_training or setup.turned):
+            if not (setup.scoring.from_training or setup.scoring.calibrated):
                 stack.callback(self.close)
             state = prune_loop(state, task, self, monitor)
         masked, small = cut(state.train, self.model)

@@ -1,10 +1,11 @@
-"""One pruning without a gradient step: calibration images, scores that expect compensation, compensation, a check.
+"""One pruning without a gradient step: calibration images, scores from all of them, compensation, a check.
 
 The check: on held-back images, the model that is fitted to the others must not be worse than the one that is only cut.
 Otherwise the cut one stays, and a warning says so. When it holds, all images are fitted to.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,25 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import Units
 from nvit_jax.model.groups import Params
 from nvit_jax.parallel import Parallel, any_process
-from nvit_jax.pruning import obs
+from nvit_jax.pruning import cross, obs
 from nvit_jax.pruning.compensation import Chosen, compensate, masked_block
-from nvit_jax.pruning.statistics import Gates, Images, Sensitivity, Walk, hold_back, padded_block
+from nvit_jax.pruning.statistics import Gates, Images, Loss, Sensitivity, Walk, hold_back, padded_block
 from nvit_jax.training.distill import Stopped
 from nvit_jax.training.monitor import Monitor
 
-# What compensation finds.
-CHECKED = ("compensated", "images_fitted", "images_held_back", "divergence_cut", "divergence_compensated")
+# What is found, for the record; cross_weight with the criterion fisher_set.
+CHECKED = (
+    "compensated",
+    "images_fitted",
+    "images_held_back",
+    "divergence_cut",
+    "divergence_compensated",
+    "cross_weight",
+)
 IMAGES = 2048  # at most, where nobody says how many
 _BATCH = 20  # images at most, where nobody says how many
 _DRAWS = 2  # labels drawn for an image
+_SET_DRAWS = 4  # the same for the gradients of gates
 
 
 def calibration_images(
@@ -66,24 +75,39 @@ class OneShot:
 
     walk: Walk
     params: Params  # dense, on the host
-    felt: list[Sensitivity]
+    seed: int
+    loss: Loss | None  # None: with labels drawn from the model
     monitor: Monitor
     turned: Params | None = None  # the same model in the bases of its scores
 
-    @classmethod
-    def begin(
-        cls, walk: Walk, params: Params, seed: int, loss: Callable[..., Any] | None, monitor: Monitor
-    ) -> "OneShot":
-        """Find what the loss feels. Raises Stopped when asked to."""
-        batches = len(walk.images.batches)
-        with monitor.progress(batches, what="gradients", unit="batch"):
-            felt = walk.sensitivities(params, seed, _DRAWS, loss, told=_Told(monitor))
-        return cls(walk, params, felt, monitor)
+    @functools.cached_property
+    def felt(self) -> list[Sensitivity]:
+        """What the loss feels. Raises Stopped when asked to."""
+        with self.monitor.progress(len(self.walk.images.batches), what="gradients", unit="batch"):
+            return self.walk.sensitivities(self.params, self.seed, _DRAWS, self.loss, told=_Told(self.monitor))
+
+    def score_sets(self, may_go: Callable[[str, int], bool]) -> tuple[Units, dict[str, Any]]:
+        """The criterion "fisher_set", and the weight of its cross terms. `may_go(kind, block)`."""
+        walk, monitor = self.walk, self.monitor
+        of = cross.candidates(walk.dims, may_go)
+        with monitor.progress(len(walk.images.batches), what="gradients", unit="batch"):
+            told = _Told(monitor)
+            found = walk.gate_gradients(self.params, of.units, self.seed, _SET_DRAWS, self.loss, told=told)
+        held = np.concatenate(
+            [np.full(len(b["image"]), h) for b, h in zip(walk.images.batches, walk.images.held, strict=True)]
+        )
+        with monitor.progress(2 * cross.rounds(of), what="scoring", unit="round"):
+            scores, weight = cross.score(
+                walk.dims, of, found, np.repeat(held, found.shape[1] // len(held)), _Told(monitor)
+            )
+        monitor.say(f"cross terms between units count {weight:g}")
+        return scores, {"cross_weight": weight}
 
     def score(self) -> Units:
         """The criterion "obs"; from here on the model is `turned`."""
+        felt = self.felt
         with self.monitor.progress(self.walk.dims.depth, what="scoring", unit="block"):
-            found = obs.score(self.walk, self.params, self.felt, told=_Told(self.monitor))
+            found = obs.score(self.walk, self.params, felt, told=_Told(self.monitor))
         self.turned = found.params
         return found.scores
 
@@ -100,12 +124,13 @@ class OneShot:
         if not any(images.held):
             self.monitor.warn("warning: with one batch of images compensation cannot be checked, and is left out")
             return params, masks, {"compensated": False}
+        felt = self.felt
         with self.monitor.progress(2 * walk.dims.depth, what="compensating", unit="block"):
             told = _Told(self.monitor)
             held = [i for i, back in enumerate(images.held) if back]
             dense = self._logits(self.params, held)
             cut = self._logits(_masked(walk, params, masks), held, np.asarray(masks.embed))
-            fitted = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=False, told=told)
+            fitted = compensate(walk, self.params, params, masks, felt, chosen, use_held=False, told=told)
             check: dict[str, Any] = {
                 "images_fitted": images.count(held=False),
                 "images_held_back": images.count(held=True),
@@ -121,7 +146,7 @@ class OneShot:
                 )
                 return params, masks, check | {"compensated": False}
             told.offset = walk.dims.depth
-            found = compensate(walk, self.params, params, masks, self.felt, chosen, use_held=True, told=told)
+            found = compensate(walk, self.params, params, masks, felt, chosen, use_held=True, told=told)
         return found.params, found.masks, check | {"compensated": True}
 
     def _logits(self, params: Params, batches: list[int], embed: Gates = None) -> list[Any]:

@@ -37,7 +37,7 @@ def _same(tree: Any) -> Any:
     return tree
 
 
-def _per_sample(masks: Units, size: int) -> Units:
+def per_sample(masks: Units, size: int) -> Units:
     """Gates with a batch axis: [B, D], [L, B, H], ..."""
     rest = (jnp.broadcast_to(m[:, None], (m.shape[0], size, *m.shape[1:])) for m in masks[1:])
     return Units(jnp.broadcast_to(masks.embed, (size, *masks.embed.shape)), *rest)
@@ -100,7 +100,7 @@ def _curvature(
     diagonal, so that ONE Hessian-vector product gives B independent estimates v_i (H_x v)_i, which are averaged.
     """
     masks = normalize(masks)
-    gates = _per_sample(masks, _size(batch))
+    gates = per_sample(masks, _size(batch))
     parts, count = _probe_parts(masks, scheme, chunk)
 
     def gradient(gates: Units) -> Units:
@@ -181,7 +181,7 @@ def fisher(
     With data labels the empirical Fisher; with labels drawn from the unpruned model (`losses.draw_labels`) the
     Gauss-Newton diagonal.
     """
-    gates = _per_sample(normalize(masks), _size(batch))
+    gates = per_sample(normalize(masks), _size(batch))
     gradient = jax.grad(lambda g: loss(params, g, batch).sum())(gates)
     return _masked(mean(_batch_mean(jax.tree.map(jnp.square, gradient))), masks)
 

@@ -20,11 +20,12 @@ from nvit_jax.training.distill import Inputs, Stopped, TrainState
 from nvit_jax.training.losses import Batch, Objective, draw_labels, objective_loss
 from nvit_jax.training.monitor import Monitor
 
-CRITERIA = ("obs", *saliency.CRITERIA)  # "obs" is no function of a batch, see obs.py
+CALIBRATED = ("obs", "fisher_set")  # no functions of a batch: obs.py, cross.py
+CRITERIA = (*CALIBRATED, *saliency.CRITERIA)
 LOSSES = ("labels", "kl", "mix", "drawn", "own")
 # Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
 # first order takes labels.
-_USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn", "obs": "drawn"}
+_USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn", **dict.fromkeys(CALIBRATED, "drawn")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Scoring:
 
     loss: "labels"; "kl" to the unpruned model; "mix", the training's objective; "drawn", cross-entropy with labels
     drawn from the unpruned model; "own", a loss of the user's. None is the criterion's usual one: "kl" for hvp, obd and
-    hvp_joint, "drawn" for fisher and obs, "labels" for taylor.
+    hvp_joint, "drawn" for fisher, fisher_set and obs, "labels" for taylor.
     """
 
     criterion: str = "fisher"
@@ -51,7 +52,7 @@ class Scoring:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("loss", self.loss, (None, *LOSSES))
         check_choice("scheme", self.scheme, saliency.SCHEMES)
-        if self.loss == "kl" and self.criterion in ("taylor", "fisher", "obs"):
+        if self.loss == "kl" and self.criterion in ("taylor", "fisher", *CALIBRATED):
             raise UserError(
                 f'="{self.criterion}" with loss="kl" is 0 at the unpruned model, where the KL has no gradient; take '
                 '"labels", "mix" or "drawn"',
@@ -65,6 +66,11 @@ class Scoring:
     def usual_loss(self) -> str:
         """The loss that is differentiated."""
         return self.loss or _USUAL.get(self.criterion, "labels")
+
+    @property
+    def calibrated(self) -> bool:
+        """From all calibration images at once, of the unpruned model alone."""
+        return self.criterion in CALIBRATED
 
     @property
     def needs_data(self) -> bool:

@@ -16,10 +16,13 @@ import numpy as np
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.groups import Params
-from nvit_jax.parallel import Parallel
+from nvit_jax.model.masks import full_masks
+from nvit_jax.parallel import Parallel, fetch
+from nvit_jax.pruning.saliency import per_sample
 from nvit_jax.training.losses import cross_entropy, draw_labels, kl_nvit
 
 Part = tuple[int, str]  # block, one of vit.PARTS
+Loss = Callable[..., jax.Array]  # (logits [B, T, C], batch) -> [B]
 
 
 def parts(dims: ViTDims) -> list[Part]:
@@ -320,7 +323,7 @@ class Walk:
         return float(sum(np.asarray(f, np.float64) for f in found) / sum(len(x) for x in ours))
 
     def sensitivities(
-        self, params: Params, seed: int, draws: int, loss: Callable[..., jax.Array] | None, told: Callable[[int], None]
+        self, params: Params, seed: int, draws: int, loss: Loss | None, told: Callable[[int], None]
     ) -> list[Sensitivity]:
         """Of every part in the order of `parts`.
 
@@ -328,15 +331,6 @@ class Walk:
         the model, `draws` for each image. A model without classes: half the squared error of its features.
         """
         dims = self.dims
-
-        def cotangent(logits: jax.Array, batch: Any, key: jax.Array) -> jax.Array:
-            if loss is not None:
-                return jax.grad(lambda out: loss(out, batch).sum())(logits)
-            if not dims.classes:
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
-                return jax.vmap(lambda k: jax.random.normal(k, logits.shape[1:], logits.dtype))(keys)
-            label = draw_labels(logits, key, batch["index"])
-            return jax.grad(lambda out: cross_entropy(out.mean(1), label).sum())(logits)
 
         def step(state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             params, key = state
@@ -357,7 +351,7 @@ class Walk:
             logits, pull = jax.vjp(run, taps)
             total: Any = 0.0, 0.0
             for draw in range(1 if loss is not None else draws):
-                (g,) = pull(cotangent(logits, batch, jax.random.fold_in(key, draw)))
+                (g,) = pull(_cotangent(dims, loss, logits, batch, jax.random.fold_in(key, draw)))
                 found = jnp.einsum("lpbnd,lpbne->lpde", g, g), jnp.square(g).sum((2, 4))
                 total = jax.tree.map(jnp.add, total, found)
             return total
@@ -377,6 +371,59 @@ class Walk:
         prefix, patches = tokens[..., : dims.prefix].sum(-1) / max(dims.prefix, 1), tokens[..., dims.prefix :].mean(-1)
         rows = [(i, vit.PARTS.index(name)) for i, name in parts(dims)]
         return [Sensitivity(metrics[at], float(prefix[at]), float(patches[at])) for at in rows]
+
+    def gate_gradients(
+        self,
+        params: Params,
+        units: np.ndarray,
+        seed: int,
+        draws: int,
+        loss: Loss | None,
+        told: Callable[[int], None],
+    ) -> np.ndarray:
+        """[U, S] float32: the gradient of every sample's loss in the gates of the whole model, on the host.
+
+        Samples are images, and of each the draws; the losses are those of `sensitivities`. `units`: places among all
+        units of the model, kind after kind, flattened.
+        """
+        dims, masks = self.dims, full_masks(self.dims)
+        draws = 1 if loss is not None else draws
+
+        def step(state: Any, batch: Any) -> jax.Array:
+            params, key = state
+            key = jax.random.wrap_key_data(key)
+            images = self._normalise(batch["image"])
+            size = len(images)
+            logits, pull = jax.vjp(lambda gates: vit.forward(dims, params, images, gates), per_sample(masks, size))
+
+            def one(draw: int) -> jax.Array:
+                (g,) = pull(_cotangent(dims, loss, logits, batch, jax.random.fold_in(key, draw)))
+                blocks = [jnp.moveaxis(kind, 1, 0).reshape(size, -1) for kind in g[1:]]
+                return jnp.concatenate([g.embed, *blocks], 1)[:, units]
+
+            return jnp.stack([one(draw) for draw in range(draws)], 1)
+
+        run = self._step(("gate_gradients", loss is None), step, rows=True)
+        state = self.parallel.place((params, jax.random.key_data(jax.random.key(seed))))
+        found = np.empty((len(units), draws * sum(len(b["image"]) for b in self.images.batches)), np.float32)
+        done = 0
+        for number, batch in enumerate(self.images.batches):
+            one = fetch(run(state, batch)).reshape(-1, len(units))
+            found[:, done : done + len(one)] = one.T
+            done += len(one)
+            told(number + 1)
+        return found
+
+
+def _cotangent(dims: ViTDims, loss: Loss | None, logits: jax.Array, batch: Any, key: jax.Array) -> jax.Array:
+    """The gradient of the summed loss in the logits [B, T, C]; see `Walk.sensitivities`."""
+    if loss is not None:
+        return jax.grad(lambda out: loss(out, batch).sum())(logits)
+    if not dims.classes:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        return jax.vmap(lambda k: jax.random.normal(k, logits.shape[1:], logits.dtype))(keys)
+    label = draw_labels(logits, key, batch["index"])
+    return jax.grad(lambda out: cross_entropy(out.mean(1), label).sum())(logits)
 
 
 def _outside(params: Params) -> Params:

@@ -141,7 +141,7 @@ def check_prune(view: View) -> None:
     with rules.prune_keys():
         plan, scoring, recipe = rules.plan(p), rules.scoring(p), _recipe(view, dims, data)
         check_method(plan, scoring, rules.choice(p), p.compensate)
-        if scoring.criterion != "obs":
+        if not scoring.calibrated:
             make_score_step(dims, scoring, recipe.objective)
         feed, trainer = _trainer(recipe, dims, data)
         if plan.trains:

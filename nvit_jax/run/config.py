@@ -92,7 +92,8 @@ def default_config() -> ConfigDict:
     c.latency.repeats = 15  # timings of everything; the median counts
 
     c.prune = prune = ConfigDict()
-    prune.criterion = placeholder(str)  # obs fisher hvp obd taylor hvp_joint magnitude random; None: the mode's usual
+    # obs fisher_set fisher hvp obd taylor hvp_joint magnitude random; None: the mode's usual
+    prune.criterion = placeholder(str)
     prune.mode = "gradual"  # one_shot gradual iterative
     prune.steps = 8  # prunings of "gradual"
     prune.interval = 100  # optimizer steps between prunings
@@ -100,7 +101,7 @@ def default_config() -> ConfigDict:
     prune.ema = 0.0  # momentum of the scores from pruning to pruning (NViT 0.9)
     prune.score = score = ConfigDict()
     # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model).
-    score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher; labels for taylor
+    score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher, fisher_set; labels for taylor
     # taylor alone, with plain_first: from the gradients that the training steps since the last pruning take anyway, as
     # NViT; the other keys of this section have no part then
     score.from_training = False

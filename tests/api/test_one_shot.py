@@ -5,7 +5,7 @@ import pytest
 
 import nvit_jax as nvit
 from nvit_jax.model.groups import flatten
-from nvit_jax.pruning import one_shot
+from nvit_jax.pruning import cross, one_shot
 from nvit_jax.pruning.compensation import Compensated
 from nvit_jax.training.monitor import Monitor
 
@@ -92,7 +92,23 @@ def test_a_finished_pruning_remembers_what_compensation_found(digits_model, digi
     first, again = (prune(digits_model, digits[0], macs=0.7, directory=tmp_path / "out") for _ in range(2))
     assert first.record["compensated"]
     for key in one_shot.CHECKED:
-        assert again.record[key] == first.record[key]
+        assert again.record.get(key) == first.record.get(key)
+
+
+def test_sets_go_through_the_front(digits_model, digits):
+    """Only what may go has scores, and the record has the weight; with compensation and without, labels or none."""
+    options = {"macs": 0.85, "criterion": "fisher_set", "kinds": ("mlp", "v"), "protect": (0,), "floors": {"v": 1}}
+    cut = prune(digits_model, digits[0], compensate=False, **options)
+    ours = prune(digits_model, digits[0], **options)
+    assert ours.record["compensated"] and not cut.record["compensated"]
+    assert cut.record["cross_weight"] == ours.record["cross_weight"] and cut.record["cross_weight"] in cross.WEIGHTS
+    assert not any(np.asarray(s).any() for s in (cut.scores.embed, cut.scores.head, cut.scores.qk, cut.scores.mlp[0]))
+    assert (cut.scores.mlp[1] > 0).all() and cut.record["removed"]["mlp"][0] == 0 < cut.record["removed"]["mlp"][1]
+    np.testing.assert_array_equal(cut.masks.mlp, ours.masks.mlp)
+    np.testing.assert_allclose(cut.masked(digits[0]), cut.model(digits[0]), atol=2e-4)
+    labels = nvit.Scoring(criterion="fisher_set", loss="labels")
+    scores = nvit.saliency(digits_model, digits, criterion=labels, progress=False)
+    assert all((np.asarray(s) > 0).all() for s in scores)
 
 
 def test_what_is_worse_is_left_out(digits_model, digits, monkeypatch):
@@ -126,6 +142,7 @@ def test_few_images(count, digits_model, digits):
 def test_what_does_not_go_together_is_said(digits_model, digits):
     for options, text in (
         ({"method": "gradual", "criterion": "obs"}, 'criterion="obs" goes with method="one_shot"'),
+        ({"method": "iterative", "criterion": "fisher_set"}, 'criterion="fisher_set" goes with method="one_shot"'),
         ({"method": "gradual", "compensate": True}, 'compensate=True goes with method="one_shot"'),
         ({"kinds": ("embed", "mlp")}, 'kinds: "obs" has no scores for embed'),
     ):
