@@ -1,28 +1,51 @@
-"""The widths solved for the target: prune.rule="solve". NumPy only.
+"""The widths solved for the target: prune.rule="solve". NumPy and SciPy only.
 
-ranking.rank goes down group by group and never looks back. Here the sum of the scores of what goes is minimised under
-the constraint, in the spirit of ZipLM (Kurtic et al. 2023). Given embed, the cost of a model is a sum over the
-attention and mlp parts of its blocks, so at a given price on cost each part picks the best of all its widths by itself,
-and the price is bisected until the targets hold; embed, which ties the blocks, is tried at every width. Such a
-Lagrangian solution can stop below the target by more than a group, so groups are given back, the largest score first,
-while the targets hold. Groups and their order inside a kind are those of `ranking`; a score below 0, which is noise of
-an estimate, counts as 0, or everything of that kind would go whatever the target.
+ranking.rank goes down group by group and never looks back. Here the sum of the scores of what goes is the least that
+there is under the constraint, in the spirit of ZipLM (Kurtic et al. 2023). Groups and their order inside a kind are
+those of `ranking`; a score below 0, which is noise of an estimate, counts as 0, or everything of that kind would go
+whatever the target.
 
-With several targets the price is put on each one's cost and on their sum; all must hold, the least score wins.
+Given embed, the cost of a model is a sum over the attention and mlp parts of its blocks, so that it is a
+multiple-choice knapsack (Pisinger 1995): of each part one option is taken, the widths that it keeps. It is solved in
+three steps, for each embed width:
+
+1. With a price on cost each part picks its best option by itself. The sum of scores and the price of what is above the
+   limit are then a lower bound for every solution. The prices with the highest bound are found by cutting planes.
+2. At a multiple of these prices the targets hold. Groups are given back while they do, the largest score first. This is
+   the first solution, and embed widths whose bound is not below its score are left out.
+3. What an option loses to the pick of its part at these prices adds to the bound. Options that lift it above the best
+   score so far are left out, and the others tried part after part: of two beginnings that cost the same, only the one
+   with the lower score goes on.
+
+Step 3 keeps at most `_STATES` beginnings. One target needs some thousands, and the result is proven to be the best.
+Several that bind at once may need more than that: then the most promising go on, and the result may be a little above
+the least score. A cost that is no sum over the blocks makes the bound a guess: all targets hold for the result then,
+too, since every solution is tried on the dims of the whole model, but a better one may exist.
+
+Nothing depends on a clock. Of equal solutions the one that is met first is taken, in the order of embed's bounds,
+parts and options, so that the same scores give the same answer.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import optimize
 
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.masks import check_masks, kept_dims, normalize
-from nvit_jax.pruning.ranking import Cost, Policy, Ranking, Removal, Target, remove, weakest
+from nvit_jax.pruning.ranking import Policy, Ranking, Removal, Target, groups, remove
 
 _STEPS = 30  # bisections of the price
-_TRIED = 4  # embed widths whose solutions are completed by giving back
+_CUTS = 100  # cutting planes at most
+_HIGHEST = 1e6  # price: of all that a model costs, in sums of all scores
+_DEPTHS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)  # of the way from the bound to the best score so far, tried in turn
+_STATES = 100_000  # beginnings that go on
+_BUCKETS = 16  # of each cost but the first, in which beginnings are compared
+_ROUNDING = 1e-12  # of the sum of all scores
+_SURE = 5e-10  # half of what Target.holds allows, so that a sum over parts that fits holds for the whole model
 
 
 class _Gone(NamedTuple):
@@ -52,24 +75,25 @@ class _Options:
 
     @classmethod
     def find(cls, scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> "_Options":
-        def walk(kind: str, block: int, start: Units) -> tuple[_Gone, list[Units]]:
-            gone, states = _Gone([0], [0.0]), [start]
-            if not policy.may_go(kind, block):
-                return gone, states
-            while (pick := weakest((kind, block), scores, states[-1], dims, policy)) is not None:
-                states.append(remove(states[-1], kind, pick))
-                gone.units.append(gone.units[-1] + pick.units)
-                gone.score.append(gone.score[-1] + max(pick.score, 0.0))
-            return gone, states
+        def walk(kind: str, block: int, start: Units) -> _Gone:
+            gone = _Gone([0], [0.0])
+            if policy.may_go(kind, block):
+                for pick in groups((kind, block), scores, start, dims, policy):
+                    gone.units.append(gone.units[-1] + pick.units)
+                    gone.score.append(gone.score[-1] + max(pick.score, 0.0))
+            return gone
 
         heads, qk, v, mlp = [], [], [], []
         for block in range(dims.depth):
-            gone, states = walk("head", block, masks)
-            heads.append(gone)
-            qk.append([walk("qk", block, state)[0] for state in states])
-            v.append([walk("v", block, state)[0] for state in states])
-            mlp.append(walk("mlp", block, masks)[0])
-        return cls(kept_dims(masks, dims), walk("embed", 0, masks)[0], heads, qk, v, mlp)
+            states = [masks]
+            if policy.may_go("head", block):
+                for pick in groups(("head", block), scores, masks, dims, policy):
+                    states.append(remove(states[-1], "head", pick))
+            heads.append(walk("head", block, masks))
+            qk.append([walk("qk", block, state) for state in states])
+            v.append([walk("v", block, state) for state in states])
+            mlp.append(walk("mlp", block, masks))
+        return cls(kept_dims(masks, dims), walk("embed", 0, masks), heads, qk, v, mlp)
 
     def dims(self, choice: _Choice) -> ViTDims:
         now, gone = self.now, list(enumerate(choice.blocks))
@@ -89,97 +113,248 @@ class _Options:
         )
 
 
-_Part = tuple[np.ndarray, np.ndarray]  # score and cost of every option
+class _Part(NamedTuple):
+    """The options of an attention or mlp part: score [n], cost [T, n] as fractions of each target's dense cost."""
+
+    score: np.ndarray
+    cost: np.ndarray
+
+    def at(self, prices: np.ndarray) -> np.ndarray:
+        """[n] score and priced cost together. No matrix product: its rounding depends on the machine."""
+        return self.score + (prices[:, None] * self.cost).sum(0)
 
 
-def _parts(options: _Options, cost: Cost, embed: int) -> Iterator[tuple[_Part, _Part]]:
-    """Of each block: attention [heads, qk, v] and mlp [M], the cost up to a constant."""
-    now, known = options.now, {}
+class _Knapsack(NamedTuple):
+    """Given embed: of each part (attention and mlp of block 0, of block 1, ...) one option."""
 
-    def price(heads: int, qk: int, v: int, mlp: int) -> float:
-        widths = (heads, qk, v, mlp)
-        if widths not in known:
-            one = dataclasses.replace(now, embed=embed, heads=(heads,), qk=(qk,), v=(v,), mlp=(mlp,))
-            known[widths] = cost(one)
-        return known[widths]
+    embed: int  # groups
+    score: float  # of embed
+    shapes: list[tuple[int, int, int]]  # [L] of the attention options: heads, query/key dims, value dims
+    parts: list[_Part]
+    room: np.ndarray  # [T] what the parts may cost together
 
-    for i, (h0, q0, v0, m0) in enumerate(zip(now.heads, now.qk, now.v, now.mlp, strict=True)):
-        shape = len(options.heads[i].units), len(options.qk[i][0].units), len(options.v[i][0].units)
-        score, costs = np.zeros(shape), np.zeros(shape)
-        for h, q, v in np.ndindex(*shape):
-            qk, values = options.qk[i][h], options.v[i][h]
-            score[h, q, v] = options.heads[i].score[h] + qk.score[q] + values.score[v]
-            # The mlp at its own width, since a table may know no smaller one; it is the same for every option.
-            costs[h, q, v] = price(h0 - options.heads[i].units[h], q0 - qk.units[q], v0 - values.units[v], m0)
-        mlp = options.mlp[i]
-        yield (score, costs), (np.array(mlp.score), np.array([price(h0, q0, v0, m0 - m) for m in mlp.units]))
+    def choice(self, picks: Sequence[int]) -> _Choice:
+        attention = [np.unravel_index(pick, shape) for pick, shape in zip(picks[::2], self.shapes, strict=True)]
+        blocks = zip(attention, picks[1::2], strict=True)
+        return _Choice(self.embed, tuple((int(h), int(q), int(v), int(m)) for (h, q, v), m in blocks))
 
-
-def _at_price(embed: int, parts: Sequence[tuple[_Part, _Part]], price: float) -> _Choice:
-    def best(part: _Part) -> tuple[int, ...]:
-        score, cost = part
-        return tuple(int(i) for i in np.unravel_index(np.argmin(score + price * cost), score.shape))
-
-    return _Choice(embed, tuple((*best(attention), *best(mlp)) for attention, mlp in parts))  # type: ignore[misc]
+    def at(self, prices: np.ndarray) -> tuple[list[int], float, np.ndarray]:
+        """The best options at these prices: which, their scores and embed's, and what they cost above the room [T]."""
+        picks = [int(np.argmin(part.at(prices))) for part in self.parts]
+        taken = list(zip(self.parts, picks, strict=True))
+        score = self.score + sum(float(part.score[pick]) for part, pick in taken)
+        return picks, score, sum(part.cost[:, pick] for part, pick in taken) - self.room
 
 
-def _cheapest(holds: Callable[[_Choice], bool], at: Callable[[float], _Choice], scale: float) -> _Choice | None:
-    """The choice at the least price where the targets hold; None when they hold at none."""
-    low, high = 0.0, scale
-    if holds(at(0.0)):
-        return at(0.0)
-    while not holds(at(high)):
-        low, high = high, 10 * high
-        if high > 1e12 * scale:
-            return None
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(at(middle)) else (middle, high)
-    return at(high)
+def _knapsacks(options: _Options, targets: Sequence[Target]) -> Iterator[_Knapsack]:
+    """One for each embed width. The cost of a part is what a model of one block costs, up to a constant."""
+    now = options.now
+    shapes, scores = [], []
+    for i, heads in enumerate(options.heads):
+        qk, v = (np.array([gone.score for gone in kind[i]]) for kind in (options.qk, options.v))
+        score = np.array(heads.score)[:, None, None] + qk[:, :, None] + v[:, None, :]
+        shapes.append((score.shape[0], score.shape[1], score.shape[2]))
+        scores += [score.ravel(), np.array(options.mlp[i].score)]
+    for embed, units in enumerate(options.embed.units):
+        known: dict[tuple[int, ...], list[float]] = {}
+
+        def price(*widths: int, width: int = now.embed - units, known: dict = known) -> list[float]:
+            if widths not in known:
+                h, q, v, m = widths
+                one = dataclasses.replace(now, embed=width, heads=(h,), qk=(q,), v=(v,), mlp=(m,))
+                known[widths] = [t.cost(one) / t.dense for t in targets]
+            return known[widths]
+
+        costs: list[np.ndarray] = []
+        grids: dict[object, np.ndarray] = {}
+        for i, (h0, q0, v0, m0) in enumerate(zip(now.heads, now.qk, now.v, now.mlp, strict=True)):
+            gone = [tuple(g.units) for g in (options.heads[i], options.qk[i][0], options.v[i][0], options.mlp[i])]
+            alike = (h0, q0, v0, m0, *gone)
+            # The mlp of an attention part at its own width, since a table may know no smaller one; and conversely.
+            if (0, alike) not in grids:
+                grids[0, alike] = np.array(
+                    [price(h0 - h, q0 - q, v0 - v, m0) for h, q, v in itertools.product(*gone[:3])]
+                ).T
+                grids[1, alike] = np.array([price(h0, q0, v0, m0 - m) for m in gone[3]]).T
+            costs += [grids[0, alike], grids[1, alike]]
+        whole = dataclasses.replace(now, embed=now.embed - units)
+        over = np.array([(t.cost(whole) - t.limit * (1 + _SURE)) / t.dense for t in targets])
+        parts = [_Part(score, cost) for score, cost in zip(scores, costs, strict=True)]
+        yield _Knapsack(embed, options.embed.score[embed], shapes, parts, sum(cost[:, 0] for cost in costs) - over)
+
+
+class _Priced(NamedTuple):
+    """A knapsack, the prices [T] found for it, and the bound that they give."""
+
+    bound: float
+    prices: np.ndarray
+    knapsack: _Knapsack
+
+
+def _priced(knapsack: _Knapsack, scale: float) -> _Priced:
+    """The prices with the highest bound, by Kelley's cutting planes. Any prices give a bound that holds."""
+    prices = np.zeros(len(knapsack.room))
+    best = _Priced(-np.inf, prices, knapsack)
+    rows: list[np.ndarray] = []
+    limits: list[float] = []
+    for _ in range(_CUTS):
+        _, score, excess = knapsack.at(prices)
+        bound = score + float((prices * excess).sum())
+        if bound > best.bound:
+            best = _Priced(bound, prices, knapsack)
+        # In 1e4 scores, so that the tolerance of the solver, 1e-7, is small beside what is asked.
+        rows.append(1e4 * np.append(-excess, 1.0))
+        limits.append(1e4 * score / scale)
+        found = optimize.linprog(
+            np.append(np.zeros(len(prices)), -1.0),
+            np.array(rows),
+            np.array(limits),
+            bounds=[(0, _HIGHEST)] * len(prices) + [(None, None)],
+        )
+        if not found.success or found.x[-1] - best.bound / scale <= 1e-9:
+            break
+        prices = scale * found.x[:-1]
+    return best
+
+
+def _first(priced: _Priced, holds: Callable[[_Choice], bool], scale: float) -> _Choice | None:
+    """The picks at the least multiple of the prices where the targets hold; None when they hold at none."""
+    knapsack, start = priced.knapsack, float(priced.prices.max()) or scale
+    for direction in (priced.prices / start, np.ones(len(priced.prices))):  # no price, no saving: then all the same
+
+        def at(price: float, direction: np.ndarray = direction) -> _Choice:
+            return knapsack.choice(knapsack.at(price * direction)[0])
+
+        low, high = 0.0, start
+        while not holds(at(high)) and high < _HIGHEST * scale:
+            low, high = high, 10 * high
+        if holds(at(high)):
+            for _ in range(_STEPS):
+                middle = (low + high) / 2
+                low, high = (low, middle) if holds(at(middle)) else (middle, high)
+            return at(high)
+    return None
 
 
 def _give_back(options: _Options, choice: _Choice, holds: Callable[[_Choice], bool]) -> _Choice:
-    """Undo groups while the targets hold, each time the one whose score is largest."""
+    """Undo groups while the targets hold and the score does not rise, each time the one whose score is largest."""
     while True:
         steps = [choice._replace(embed=choice.embed - 1)] if choice.embed else []
         for i, block in enumerate(choice.blocks):
             for kind in np.flatnonzero(block):
                 less = tuple(n - (k == kind) for k, n in enumerate(block))
                 steps.append(choice._replace(blocks=(*choice.blocks[:i], less, *choice.blocks[i + 1 :])))  # type: ignore[arg-type]
-        found = next((s for s in sorted(steps, key=options.score) if holds(s)), None)
+        # A head that comes back wants dims of its own removed, which may score more than the head.
+        score = options.score(choice)
+        found = next((s for s in sorted(steps, key=options.score) if options.score(s) <= score and holds(s)), None)
         if found is None:
             return choice
         choice = found
 
 
+def _least(priced: _Priced, most: float, rounding: float) -> list[int] | None:
+    """The options with the least sum of scores, at most `most` above the bound; None when there are none."""
+    prices, knapsack = priced.prices, priced.knapsack
+    base, _, excess = knapsack.at(prices)
+    room = -excess  # of what is added to the picks at these prices, as all below
+    core = []  # place, options that may be taken, what they lose at the prices, their score and cost
+    for place, (part, pick) in enumerate(zip(knapsack.parts, base, strict=True)):
+        lost = part.at(prices)
+        lost = lost - lost[pick]
+        kept = np.flatnonzero(lost <= most + rounding)
+        core.append((place, kept, lost[kept], (part.score - part.score[pick])[kept], part.cost[:, kept]))
+        core[-1][-1][:] -= part.cost[:, [pick]]
+    core.sort(key=lambda part: len(part[1]))
+    # What the parts still to come cost at least and at most.
+    least, largest = (
+        np.cumsum([np.zeros(len(room))] + [side(cost, axis=1) for *_, cost in core[::-1]], axis=0)[::-1, :, None]
+        for side in (np.min, np.max)
+    )
+    lost, score, cost = np.zeros(1), np.zeros(1), np.zeros((len(room), 1))
+    origins: list[np.ndarray] = []
+    limit, prices = room[:, None], prices[:, None]
+    for number, (_, _, part_lost, part_score, part_cost) in enumerate(core, 1):
+        lost = (lost[:, None] + part_lost).ravel()
+        score = (score[:, None] + part_score).ravel()
+        cost = (cost[:, :, None] + part_cost[:, None]).reshape(len(room), -1)
+        fits = (cost <= limit).all(0)  # with the picks of the parts to come, a solution
+        if fits.any():
+            most = min(most, float((lost + (prices * (limit - cost)).sum(0))[fits].min()))
+        unused = np.maximum(limit - cost - largest[number], 0)
+        bound = lost + (prices * unused).sum(0)
+        alive = np.flatnonzero((bound <= most + rounding) & (cost + least[number] <= limit).all(0))
+        # Below this a cost makes no difference any more.
+        alike = np.maximum(cost, limit - largest[number])[:, alive]
+        alive = alive[_undominated(score[alive], alike)]
+        if len(alive) > _STATES:
+            alive = np.sort(alive[np.argsort(bound[alive], kind="stable")[:_STATES]])
+        if not len(alive):
+            return None
+        origins.append(alive)
+        lost, score, cost = lost[alive], score[alive], cost[:, alive]
+    state, picks = int(np.argmin(score)), list(base)
+    for (place, kept, *_), origin in zip(core[::-1], origins[::-1], strict=True):
+        state, option = divmod(int(origin[state]), len(kept))
+        picks[place] = int(kept[option])
+    return picks
+
+
+def _undominated(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices without those for which another has neither a higher score [n] nor a higher cost [T, n].
+
+    All such for one cost. Several costs: those found by comparing between buckets of all costs but the first.
+    """
+    order = np.lexsort((score, cost[0]))
+    score, cost = score[order], cost[:, order]
+    inner = np.linspace(0, 1, _BUCKETS + 1)[1:-1]
+    buckets = [np.searchsorted(np.quantile(c, inner), c) for c in cost[1:]] if len(score) else []
+    alive = np.ones(len(score), bool)
+    for corner in itertools.product(range(1, _BUCKETS), repeat=len(buckets)):
+        below, above = np.ones(len(score), bool), np.ones(len(score), bool)
+        for bucket, edge in zip(buckets, corner, strict=True):
+            below &= bucket < edge
+            above &= bucket >= edge
+        lowest = np.minimum.accumulate(np.where(below & alive, score, np.inf))
+        alive[1:] &= ~above[1:] | (score[1:] < lowest[:-1])
+    return np.sort(order[alive])
+
+
 def allocate(scores: Units, masks: Units, dims: ViTDims, policy: Policy, targets: Sequence[Target]) -> Ranking:
-    """As ranking.rank, without `max_groups`: the least sum of scores found for which every target holds."""
+    """As ranking.rank, without `max_groups`: the least sum of scores for which every target holds."""
     masks = check_masks(masks, dims)
     scores = Units(*(np.asarray(s, np.float64) for s in scores))
     options = _Options.find(scores, masks, dims, policy)
     unmet = [t for t in targets if not t.holds(options.now)]
-    costs: list[Cost] = [lambda d, t=t: t.cost(d) / t.dense for t in unmet]  # type: ignore[misc]
-    if len(unmet) > 1:
-        costs.append(lambda d: sum(t.cost(d) / t.dense for t in unmet))
+    if not unmet:
+        return Ranking(masks, options.now, [], True, 0)
 
     def holds(choice: _Choice) -> bool:
         return all(t.holds(options.dims(choice)) for t in targets)
 
+    best: _Choice | None = None
+    least = np.inf
+
+    def offer(choice: _Choice | None) -> None:
+        nonlocal best, least
+        if choice is not None and holds(choice):
+            choice = _give_back(options, choice, holds)
+            if options.score(choice) < least:
+                best, least = choice, options.score(choice)
+
     scale = max(sum(float(np.abs(s).sum()) for s in scores), np.finfo(float).tiny)
-    best = None
-    for cost in costs:
-        found = []
-        for embed, units in enumerate(options.embed.units):
-            parts = list(_parts(options, cost, options.now.embed - units))
-            choice = _cheapest(holds, lambda price, e=embed, p=parts: _at_price(e, p, price), scale)  # type: ignore[misc]
-            if choice is not None:
-                found.append(choice)
-        for choice in sorted(found, key=options.score)[:_TRIED]:
-            completed = _give_back(options, choice, holds)
-            if best is None or options.score(completed) < options.score(best):
-                best = completed
+    rounding = _ROUNDING * scale
+    for priced in sorted((_priced(k, scale) for k in _knapsacks(options, unmet)), key=lambda p: p.bound):
+        if priced.bound >= least - rounding:
+            break
+        offer(_first(priced, holds, scale))
+        reach = min(least, scale) - priced.bound
+        for part in _DEPTHS if reach > 0 else ():  # a bound above all scores: out of reach
+            picks = _least(priced, part * reach, rounding)
+            if picks is not None:
+                offer(priced.knapsack.choice(picks))
+                break
     if best is None:
-        return Ranking(masks, options.now, [], not unmet, 0, bool(unmet))
+        return Ranking(masks, options.now, [], False, 0, True)
     return _carry_out(best, scores, masks, dims, policy, targets)
 
 
@@ -191,9 +366,7 @@ def _carry_out(
     for i, counts in enumerate(choice.blocks):
         slots += [(kind, i, n) for kind, n in zip(("head", "qk", "v", "mlp"), counts, strict=True)]
     for kind, block, count in slots:
-        for _ in range(count):
-            pick = weakest((kind, block), scores, masks, dims, policy)
-            assert pick is not None
+        for pick in itertools.islice(groups((kind, block), scores, masks, dims, policy), count):
             masks = remove(masks, kind, pick)
             removed.append(Removal(kind, block, pick.units, pick.score, pick.score))
     now = kept_dims(normalize(masks), dims)

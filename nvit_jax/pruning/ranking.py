@@ -17,7 +17,7 @@ equation 7): score - eta * milliseconds saved. Equal offers: the order of KINDS,
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,6 +263,11 @@ def remove(masks: Units, kind: str, pick: Pick) -> Units:
 
 def weakest(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> Pick | None:
     """The group of this kind and block that goes first, None when none may go."""
+    return next(groups(slot, scores, masks, dims, policy), None)
+
+
+def groups(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Policy) -> Iterator[Pick]:
+    """The groups of this kind and block that may go, the weakest first, each as if those before it had gone."""
     kind, block = slot
     mask, score = getattr(masks, kind), getattr(scores, kind)
     at: tuple[int, ...] = () if kind == "embed" else (block,)
@@ -280,14 +285,14 @@ def weakest(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Poli
     else:
         count = int(mask.sum())
         order = np.argsort(np.where(mask > 0, score, np.inf), kind="stable")
-    size = policy.size(kind, dims, block)
-    units = count % size or size
-    if count - units < max(policy.floors[kind], 1):
-        return None
-    if kind in ("qk", "v"):
-        weakest = order[:, :units]
-        return Pick(float(score[heads[:, None], weakest].sum()), units, (block, heads[:, None], weakest))
-    return Pick(float(score[order[:units]].sum()), units, (*at, order[:units]))
+    size, gone = policy.size(kind, dims, block), 0
+    while count - gone - (units := (count - gone) % size or size) >= max(policy.floors[kind], 1):
+        picked = order[..., gone : gone + units]
+        gone += units
+        if kind in ("qk", "v"):
+            yield Pick(float(score[heads[:, None], picked].sum()), units, (block, heads[:, None], picked))
+        else:
+            yield Pick(float(score[picked].sum()), units, (*at, picked))
 
 
 def _without(dims: ViTDims, slot: Slot, units: int) -> ViTDims:
