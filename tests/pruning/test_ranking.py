@@ -1,7 +1,6 @@
 """Literal scores in, literal masks out; targets met exactly; refusals."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from conftest import small_dims
 from nvit_jax.errors import UserError
 from nvit_jax.model.dims import KINDS, Units, count_macs, count_params, preset
 from nvit_jax.model.masks import full_masks, kept_dims
-from nvit_jax.pruning.allocation import allocate
 from nvit_jax.pruning.ranking import (
     Policy,
     Target,
@@ -18,9 +16,7 @@ from nvit_jax.pruning.ranking import (
     group_sizes,
     make_targets,
     rank,
-    remove,
     smallest_dims,
-    weakest,
 )
 
 DIMS = small_dims(embed=4, depth=2, heads=2, qk=2, v=2, mlp=4, patch=8)
@@ -244,117 +240,3 @@ def test_bad_policies_are_refused(changes, words):
 def test_unknown_profile():
     with pytest.raises(UserError, match="nvit, cpu, gpu, tpu"):
         group_sizes("phone")
-
-
-# ------------------------------------------------------------------------------------------ rule "solve"
-
-
-def removed_score(units, masks, dims):
-    """Of what went, the dims of a removed head not counted on their own."""
-    gone = Units(*(np.asarray(m) == 0 for m in masks))
-    alive = np.asarray(masks.head)[:, :, None] > 0
-    total = sum(float(getattr(units, k)[getattr(gone, k)].sum()) for k in ("embed", "head", "mlp"))
-    return total + sum(float((getattr(units, k) * getattr(gone, k) * alive).sum()) for k in ("qk", "v"))
-
-
-def least_score(units, dims, p, targets):
-    """By trying all widths."""
-    best = np.inf
-    for embed in range(1, dims.embed + 1):
-        for blocks in itertools.product(
-            itertools.product(*(range(1, getattr(dims, f)[0] + 1) for f in ("heads", "qk", "v", "mlp"))),
-            repeat=dims.depth,
-        ):
-            heads, qk, v, mlp = zip(*blocks, strict=True)
-            small = dataclasses.replace(dims, embed=embed, heads=heads, qk=qk, v=v, mlp=mlp)
-            if all(t.holds(small) for t in targets):
-                masks = full_masks(dims)
-                for slot, count in slots_of(dims, small):
-                    for _ in range(count):
-                        masks = remove(masks, slot[0], weakest(slot, units, masks, dims, p))
-                best = min(best, removed_score(units, masks, dims))
-    return best
-
-
-def slots_of(dims, small):
-    yield ("embed", 0), dims.embed - small.embed
-    for kind, field in (("head", "heads"), ("qk", "qk"), ("v", "v"), ("mlp", "mlp")):
-        for i in range(dims.depth):
-            yield (kind, i), getattr(dims, field)[i] - getattr(small, field)[i]
-
-
-@pytest.mark.parametrize("align", ["per_head", "shared"])
-@pytest.mark.parametrize("spec", [{"macs_ratio": 0.6}, {"macs_ratio": 0.7, "params_ratio": 0.6}])
-def test_solve_comes_close_to_the_best_of_all_widths(align, spec):
-    dims, p = small_dims(embed=3, depth=2, heads=2, qk=2, v=2, mlp=3, patch=8), policy(align=align)
-    solved, best, greedy = [], [], []
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        units = Units(*(rng.exponential(size=m.shape) for m in full_masks(dims)))
-        targets = make_targets(spec, dims, None)
-        found = allocate(units, full_masks(dims), dims, p, targets)
-        assert found.met and all(t.cost(found.dims) <= t.limit for t in targets)
-        assert kept_dims(found.masks, dims) == found.dims
-        solved.append(removed_score(units, found.masks, dims))
-        assert solved[-1] == pytest.approx(sum(r.score for r in found.removed))
-        best.append(least_score(units, dims, p, targets))
-        greedy.append(removed_score(units, rank(units, full_masks(dims), dims, p, targets).masks, dims))
-    assert (np.array(solved) >= np.array(best) - 1e-9).all()
-    # A price cannot reach every allocation (the gap of Lagrangian duality), least of all where a group is a third.
-    assert sum(solved) <= 1.15 * sum(best) and sum(solved) <= sum(greedy)
-
-
-@pytest.mark.parametrize("spec", [{"macs_ratio": 0.5}, {"latency_ratio": 0.54}, {"params": 1.5e6}])
-def test_solve_ends_at_the_target_or_less_than_a_group_below(spec):
-    """No group can be given back."""
-    dims = preset("deit_tiny", depth=4)
-    units = Units(*(np.random.default_rng(1).exponential(size=m.shape) for m in full_masks(dims)))
-    targets = make_targets(spec, dims, lambda d: 0.1 + count_macs(d) / 1e9)
-    p = policy(sizes=group_sizes("cpu"), floors=group_sizes("cpu"))
-    found = allocate(units, full_masks(dims), dims, p, targets)
-    assert found.met and targets[0].cost(found.dims) <= targets[0].limit
-    for (kind, block), count in slots_of(dims, found.dims):
-        if count:
-            more = min(p.size(kind, dims, block), count)
-            if kind == "embed":
-                wider = dataclasses.replace(found.dims, embed=found.dims.embed + more)
-            else:
-                field = {"head": "heads"}.get(kind, kind)
-                widths = list(getattr(found.dims, field))
-                widths[block] += more
-                wider = dataclasses.replace(found.dims, **{field: tuple(widths)})
-            assert not targets[0].holds(wider), (kind, block)
-
-
-def test_solve_sees_what_a_single_group_does_not_save():
-    """Pairs of neurons cost; one alone saves nothing, so going down group by group starts in the wrong block."""
-    units = scores(mlp=[[0.5, 9, 9, 9], [1, 1, 9, 9]])
-    target = [Target("pairs", lambda d: float(sum(-(-m // 2) for m in d.mlp)), 3, 4.0)]
-    p = policy(kinds=("mlp",))
-    found = allocate(units, full_masks(DIMS), DIMS, p, target)
-    assert found.dims.mlp == (4, 2) and [r.score for r in found.removed] == [1, 1]
-    assert removed_score(units, rank(units, full_masks(DIMS), DIMS, p, target).masks, DIMS) > 9
-
-
-def test_solve_does_not_go_below_the_target_for_scores_below_zero():
-    units = scores(mlp=[[-1, -1, -1, 1], [-1, -1, -1, 1]])
-    found = allocate(units, full_masks(DIMS), DIMS, policy(kinds=("mlp",)), [width_target("mlp", 5)])
-    assert sum(found.dims.mlp) == 5 and found.nonpositive == 3
-
-
-def test_solve_keeps_floors_protected_blocks_and_masks():
-    dims = preset("deit_tiny", depth=4)
-    rng = np.random.default_rng(1)
-    units = Units(*(rng.exponential(size=m.shape) for m in full_masks(dims)))
-    sizes = group_sizes("cpu")
-    p = policy(sizes=sizes, floors=sizes | {"mlp": 400}, protected=(1,), kinds=("mlp", "head", "qk"))
-    target = make_targets({"macs_ratio": 0.8}, dims, None)
-    found = allocate(units, full_masks(dims), dims, p, target)
-    assert found.met and found.dims.embed == dims.embed and found.dims.v == dims.v and min(found.dims.mlp) >= 400
-    assert (found.dims.heads[1], found.dims.qk[1], found.dims.mlp[1]) == (3, 64, 768)
-    more = allocate(units, found.masks, dims, p, make_targets({"macs_ratio": 0.75}, dims, None))
-    assert all((a <= b).all() for a, b in zip(more.masks, found.masks, strict=True)) and more.met
-    kept = allocate(units, found.masks, dims, p, target)
-    assert not kept.removed and kept.met
-    impossible = allocate(units, full_masks(dims), dims, p, make_targets({"macs_ratio": 0.1}, dims, None))
-    assert impossible.exhausted and not impossible.met
