@@ -30,7 +30,7 @@ from nvit_jax.model.reshape import reshape
 from nvit_jax.parallel import fetch
 from nvit_jax.pruning import allocation, compensation, obs, ranking
 from nvit_jax.pruning.compensation import Chosen
-from nvit_jax.pruning.one_shot import calibration_images
+from nvit_jax.pruning.one_shot import OneShot, calibration_images
 from nvit_jax.pruning.statistics import Walk, padded_block
 from nvit_jax.training.monitor import Monitor
 from tests.ablations.checkpoint import score
@@ -46,7 +46,9 @@ INGREDIENTS = (
     "no real cuts",
     "per_cost instead of solve",
     "fisher, compensated",
+    "fisher_set, compensated",
     "fisher alone",
+    "fisher_set alone",
 )
 
 
@@ -112,6 +114,16 @@ class Draw:
     def fisher(self) -> Units:
         return self._once("fisher", lambda: score(self.model, self.split, self.pre, "fisher", "kind", self.seed)[0])
 
+    @property
+    def sets(self) -> Units:
+        """Scores of fisher_set."""
+
+        def find() -> Units:
+            one = OneShot(self.walk, self.params, self.seed, None, Monitor())
+            return one.score_sets(lambda kind, block: kind in OBS_KINDS)[0]
+
+        return self._once("fisher_set", find)
+
     def allocated(self, scores: Units, ratio: float, rule: str, kinds: tuple[str, ...]) -> Units:
         dims, sizes = self.model.dims, ranking.group_sizes("cpu")
         policy = ranking.Policy(sizes=sizes, floors=FLOORS, kinds=kinds, rule=rule)
@@ -149,11 +161,13 @@ class Draw:
     def made(self, name: str, ratio: float) -> Model:
         """The model of one row of the table."""
         if name.startswith("fisher"):
-            masks = self.allocated(self.fisher, ratio, "per_cost", ("embed", *OBS_KINDS))
-            if name == "fisher alone":
-                return self.cut(self.params, masks)
-            masks = self.allocated(self.fisher, ratio, "solve", OBS_KINDS)
-            return self.compensated(self.params, masks, KEEP)
+            scores = self.sets if name.startswith("fisher_set") else self.fisher
+            masks = self.allocated(scores, ratio, "per_cost", OBS_KINDS)
+            return (
+                self.compensated(self.params, masks, KEEP)
+                if name.endswith("compensated")
+                else self.cut(self.params, masks)
+            )
         found = self.scored(turned=name != "no re-basis", calibrated=name != "no real cuts")
         rule = "per_cost" if name.startswith("per_cost") else "solve"
         masks = self.allocated(found.scores, ratio, rule, OBS_KINDS)
