@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> Setup:
     for name, count in (("train", options.train_images), ("val", options.test_images)):
         split = data.split(name)
         names = ["/".join(Path(split.source.name(i)).parts[-2:]) for i in range(len(split))]
-        order = sorted(range(len(split)), key=lambda i: hashlib.sha256(names[i].encode()).digest())  # noqa: B023
+        order = sorted(range(len(split)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
         chosen = split.take(np.array(order[:count]))
         print(f"reading {len(chosen):,} of {len(split):,} {name} images", flush=True)
         found[name] = chosen.read()
