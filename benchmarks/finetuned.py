@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) is None:
             raise nvit.UserError(" is needed", f"--{name}")
     if options.table is not None:
-        print(report(read_json(Path(options.table) if options.table else options.out / "results.json")))
+        print(report(read_json(Path(options.table)) if options.table else finished(options.out / "results.json")))
         return
     if "scratch" in options.methods and "one_shot" not in options.methods:
         raise nvit.UserError(": scratch takes its widths from one_shot; name it, too", "--methods")

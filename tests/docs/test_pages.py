@@ -7,6 +7,7 @@ Commands in ```sh blocks are not run: the parsers of the command line must accep
 
 import pathlib
 import re
+import runpy
 import shlex
 import sys
 
@@ -99,6 +100,7 @@ def commands(text: str) -> list[list[str]]:
         for program in ("nvit-jax", "main.py", "pytest"):
             if program in names:
                 found.append([program, *words[names.index(program) + 1 :]])
+        found += [words[i:] for i, word in enumerate(words) if word.startswith("benchmarks/")]
         if "-m" in words and (module := words[words.index("-m") + 1]).startswith("tests."):
             found.append([module, *words[words.index("-m") + 2 :]])
     return [[word for word in command if word not in ("&", "wait")] for command in found]
@@ -135,6 +137,8 @@ def test_commands_exist(page, command, files):
     elif program == "nvit-jax":
         assert words[0] == "convert"
         convert._parser().read(words[1:])
+    elif program.startswith("benchmarks/"):
+        runpy.run_path(str(ROOT / program))["parser"]().parse_args(words)
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), words
     else:
