@@ -159,9 +159,9 @@ def prune(cell: Cell, dense: nvit.Model, setup: Setup) -> tuple[nvit.Model, dict
 
 
 def nvit_loop(cell: Cell, dims: nvit.ViTDims, setup: Setup) -> dict[str, Any]:
-    """Arguments of the released loop, with prunings so large that about half of the steps are enough for it."""
+    """Arguments of the released loop, with prunings so large that half of the steps are enough for it."""
     assert cell.ratio is not None
-    interval = min(100, max(1, setup.steps // 40))  # NViT's, where there are steps for 20 prunings
+    interval = min(100, max(1, setup.steps // 100))  # NViT's 100, where there are steps for 50 such prunings
     prunings = max(2, setup.steps // 2 // interval)
     sizes = group_sizes("nvit")
     widths = {"head": dims.heads, "qk": dims.qk, "v": dims.v, "mlp": dims.mlp}
@@ -315,6 +315,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
     shared = ("image", "epochs", "train_images", "test_images", "batch")
     settings = {"name": options.checkpoint.name, "checkpoint": fingerprint(options.checkpoint)}
     settings |= {name: getattr(options, name) for name in shared}
+    settings |= {"learning_rate": LEARNING_RATE, "crop": AUGMENT.crop, "scored": SCORED}
     path = options.out / "settings.json"
     if not path.exists():
         write_json(path, settings)

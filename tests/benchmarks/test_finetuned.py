@@ -1,4 +1,4 @@
-"""benchmarks/finetuned.py on made images and a model of two narrow blocks; the table in the docs is the one it prints."""
+"""benchmarks/finetuned.py on made images and a model of two narrow blocks; the docs have the table that it prints."""
 
 import importlib.util
 import json
