@@ -47,6 +47,7 @@ def prune(
     method: str | Plan = "one_shot",
     rule: str | Choice | None = None,
     compensate: bool | None = None,
+    snapshots: Sequence[float] = (),
     loss: Loss | None = None,
     kinds: Sequence[str] | None = None,
     protect: Sequence[int] = (),
@@ -78,6 +79,8 @@ def prune(
         obs) finds the widths with the least sum of scores; "eta" and "nvit" are NViT's. Or a `nvit.Choice`.
       compensate: fit the weights that stay anew, so that they make good for what goes; usual for one_shot, and possible
         there alone. Where it does worse than no compensation on held-back images, it says so and the weights stay.
+      snapshots: one_shot with one limit: other sizes from the same calibration, as ratios of what is limited, between 1
+        and the limit; `Pruned.snapshots[ratio]` is the masked model.
       loss: your own, (logits [B, C], batch) -> [B]. It is a function of the logits and not of the parameters: the
         library makes the masked forward pass itself, since a loss that forgot the masks would score every unit 0.
       kinds, protect, profile, floors: which kinds of units may go, blocks that stay whole, the sizes of the groups that
@@ -121,6 +124,10 @@ def prune(
     table = find_latency(latency_table, model, measured if limits.need_latency else None)
     policy = choice.policy(table)
     targets = reachable_targets(limits, policy, model.dims, table)
+    others = {
+        ratio: ranker(model.dims, policy, reachable_targets(limit, policy, model.dims, table), plan)
+        for ratio, limit in family(limits, snapshots, plan).items()
+    }
     setup = Setup(
         targets=targets,
         rank=ranker(model.dims, policy, targets, plan),
@@ -131,12 +138,29 @@ def prune(
         measurement=measure,
         images=images,
         compensate=not plan.trains if compensate is None else compensate,
+        snapshots=others,
         may_go=policy.may_go,
     )
     with open_monitor(progress, directory, "prune", None, (model, limits, plan, choice, scoring, recipe)) as monitor:
         found = Pruner(model, feed, held, setup, monitor).run(callback)
     asked = {name: value for name, value in dataclasses.asdict(limits).items() if value is not None}
     return dataclasses.replace(found, record={"asked": asked} | found.record)
+
+
+def family(limits: Limits, ratios: Sequence[float], plan: Plan) -> dict[float, Limits]:
+    """The limit of each snapshot. Raises UserError for what is no family of the target."""
+    given = [name for name, value in dataclasses.asdict(limits).items() if value is not None]
+    if not ratios:
+        return {}
+    if plan.trains:
+        raise UserError(' go with method="one_shot"', "snapshots")
+    if len(given) != 1:
+        raise UserError(f" need one limit, {' and '.join(given)} are given", "snapshots")
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+            raise UserError(f"={tuple(ratios)}: they must be ratios between 0 and 1", "snapshots")
+    name = given[0].removeprefix("max_")
+    return {float(ratio): Limits(**{"latency" if name == "ms" else name: float(ratio)}) for ratio in ratios}
 
 
 def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool | None) -> None:

@@ -52,6 +52,7 @@ class Setup:
     measurement: Measurement | None = None
     images: int | None = None
     compensate: bool = False  # one_shot: the weights that stay make good for what goes
+    snapshots: Mapping[float, Ranker] = dataclasses.field(default_factory=dict)  # one_shot: other sizes as well
     may_go: Callable[[str, int], bool] = lambda kind, block: True  # fisher_set: what sets are made of
 
 
@@ -63,6 +64,7 @@ class Pruned:
     masked: Model  # of full size, with its masks: the same function
     scores: Units | None  # of the model before pruning; None when a resumed run had found them before
     record: dict[str, Any]  # what was asked, what went, costs predicted and measured, seconds
+    snapshots: dict[float, Model] = dataclasses.field(default_factory=dict)  # masked models of other sizes, by ratio
 
     @property
     def masks(self) -> Units:
@@ -223,12 +225,28 @@ class Pruner:
             if not (setup.scoring.from_training or setup.scoring.calibrated):
                 stack.callback(self.close)
             state = prune_loop(state, task, self, monitor)
-        masked, small = cut(state.train, self.model)
-        return Pruned(small, masked, self.scores, self._record(state, masked, small))
+            masked, small = cut(state.train, self.model)
+            snapshots = self._snapshots(state.scores)
+        return Pruned(small, masked, self.scores, self._record(state, masked, small), snapshots)
+
+    def _snapshots(self, scores: Units) -> dict[float, Model]:
+        """Masked models of other sizes, from the same calibration."""
+        found = {}
+        for ratio, rank in self.setup.snapshots.items():
+            if self.setup.scoring.criterion == "obs" and self._one_shot.turned is None:
+                self._one_shot.score()  # the run was resumed: the bases of its scores are found again
+            self.monitor.say(f"snapshot {ratio:g}")
+            ranking = rank(scores, self.masks, 0)
+            found[ratio] = cut(self.remove(self._unpruned().train, ranking.masks)[0], self.model)[0]
+        return found
+
+    def _unpruned(self) -> PruneState:
+        """The state before the first step."""
+        seed = self.setup.recipe.seed
+        return new_prune_state(distill.new_state(self.model.params, self.optimizer, seed, masks=self.masks))
 
     def _begin_or_resume(self) -> PruneState:
-        seed = self.setup.recipe.seed
-        state = new_prune_state(distill.new_state(self.model.params, self.optimizer, seed, masks=self.masks))
+        state = self._unpruned()
         if (found := self.monitor.restore(state)) is not None:
             restored = found[1]
             state = PruneState(distill.TrainState(*restored[0]), Units(*restored[1]), *restored[2:])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from nvit_jax.api.prune import check_method
+from nvit_jax.api.prune import check_method, family
 from nvit_jax.api.recipe import Recipe
 from nvit_jax.api.targets import check_without_latency, reachable_targets
 from nvit_jax.api.trainer import Trainer
@@ -161,6 +161,7 @@ def _check_targets(p: ConfigDict, dims: ViTDims, predict: Milliseconds | None, *
     if measured_later:
         check_without_latency(limits, choice, plan, dims)
         return
+    family(limits, p.snapshots if p.mode == "one_shot" else (), plan)
     policy = choice.policy(predict)
     ranker(dims, policy, reachable_targets(limits, policy, dims, predict), plan)
 

@@ -142,7 +142,9 @@ def default_config() -> ConfigDict:
     prune.teacher_tau = placeholder(float)  # as in finetune
     # NViT: prune.interval steps before the first pruning, too, without KL; no drop path after it
     prune.plain_first = False
-    prune.snapshots = ()  # latency ratios on the way down; the models go to W/prune/snapshots/<ratio>/
+    # Models of other sizes, in W/prune/snapshots/<ratio>/. iterative: latency ratios on the way down. one_shot: ratios
+    # of what the one target limits, from the same calibration.
+    prune.snapshots = ()
     prune.log_every = 20  # steps, as in pretrain
     prune.save_every = 100  # steps, as in pretrain
 

@@ -169,7 +169,11 @@ def _of_section(name: str) -> Iterator[Together]:
 
 
 def _snapshots_fall(c: ConfigDict) -> bool:
-    ratios = (1.0, *c.prune.snapshots, c.prune.target.latency_ratio or 0.0)
+    target = c.prune.target
+    last = target.latency_ratio or 0.0
+    if c.prune.mode == "one_shot":
+        last = last or target.macs_ratio or target.params_ratio or 0.0
+    ratios = (1.0, *c.prune.snapshots, last)
     return all(isinstance(r, int | float) for r in ratios) and all(a > b for a, b in itertools.pairwise(ratios))
 
 
@@ -191,11 +195,11 @@ TOGETHER: tuple[Together, ...] = (
         lambda c: not (c.finetune.sparsity and c.finetune.from_scratch),
         "chooses among trained weights; it does not go with finetune.from_scratch",
     ),
-    Together("prune.snapshots", _snapshots_fall, "must decrease from below 1 to above target.latency_ratio"),
+    Together("prune.snapshots", _snapshots_fall, "must decrease from below 1 to above the target's ratio"),
     Together(
         "prune.snapshots",
-        lambda c: not c.prune.snapshots or c.prune.mode == "iterative",
-        "need prune.mode=iterative, whose models lie close together",
+        lambda c: not c.prune.snapshots or c.prune.mode != "gradual",
+        "do not go with prune.mode=gradual, whose models lie too far apart",
     ),
     Together(
         "prune.score.from_training",

@@ -68,6 +68,19 @@ def test_compensated_models_go_out_and_come_back(digits_model, digits, tmp_path)
         np.testing.assert_array_equal(theirs[path], leaf, err_msg=str(path))
 
 
+def test_snapshots_are_what_each_size_gives_alone(digits_model, digits, tmp_path):
+    """Also of a call that finds the pruning finished."""
+    alone = prune(digits_model, digits[0], macs=0.8)
+    for _ in range(2):
+        found = prune(digits_model, digits[0], macs=0.6, snapshots=(0.8,), directory=tmp_path / "out")
+        assert found.record["macs_ratio"] <= 0.6
+        snapshot = found.snapshots[0.8]
+        for ours, theirs in zip(snapshot.masks, alone.masks, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        for path, leaf in flatten(snapshot.params):
+            np.testing.assert_array_equal(leaf, dict(flatten(alone.masked.params))[path], err_msg=str(path))
+
+
 def test_compensation_goes_with_every_criterion(digits_model, digits):
     found = prune(digits_model, digits, macs=0.6, criterion="fisher", compensate=True)
     assert found.record["compensated"] and found.record["divergence_compensated"] < found.record["divergence_cut"]
@@ -145,6 +158,9 @@ def test_what_does_not_go_together_is_said(digits_model, digits):
         ({"method": "iterative", "criterion": "fisher_set"}, 'criterion="fisher_set" goes with method="one_shot"'),
         ({"method": "gradual", "compensate": True}, 'compensate=True goes with method="one_shot"'),
         ({"kinds": ("embed", "mlp")}, 'kinds: "obs" has no scores for embed'),
+        ({"method": "gradual", "snapshots": (0.8,)}, 'snapshots go with method="one_shot"'),
+        ({"params": 0.8, "snapshots": (0.8,)}, "snapshots need one limit, macs and params are given"),
+        ({"snapshots": (1.5,)}, "must be ratios between 0 and 1"),
     ):
         with pytest.raises(nvit.UserError, match=text):
             prune(digits_model, digits, macs=0.7, **options)

@@ -11,8 +11,8 @@ from nvit_jax import save_model
 from nvit_jax.data.datasets import load_dataset
 from nvit_jax.data.sources import held_out, labels_of
 from nvit_jax.errors import UserError
-from nvit_jax.model.dims import ViTDims
-from nvit_jax.model.directory import Model
+from nvit_jax.model.dims import ViTDims, count_macs
+from nvit_jax.model.directory import Model, load_model
 from nvit_jax.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, resize_crop
 
 CONFIG = str(ROOT / "configs" / "checkpoint.py")
@@ -100,7 +100,11 @@ def test_a_checkpoint_is_evaluated_pruned_and_evaluated_again(folder, capsys):
     assert call("--workdir", workdir, *arguments, half, "--stage", "eval", config=CONFIG) == 0
     assert list(read(workdir / "summary.json")) == ["dense"]
     first = read(workdir / "eval" / "scores.json")["dense"]
-    assert call("--workdir", workdir, *arguments, half, config=CONFIG) == 0
+    assert call("--workdir", workdir, *arguments, half, "--config.prune.snapshots=(0.9,)", config=CONFIG) == 0
+    dense, snapshot = (
+        load_model(p).dims for p in (folder / "model", workdir / "prune" / "snapshots" / "0.9" / "model")
+    )
+    assert count_macs(snapshot) <= 0.9 * count_macs(dense)
     summary = read(workdir / "summary.json")
     assert list(summary) == ["dense", "pruned"] and summary["pruned"]["macs"] <= 0.8 * summary["dense"]["macs"]
     assert read(workdir / "eval" / "scores.json")["dense"] == first

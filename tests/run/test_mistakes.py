@@ -41,7 +41,7 @@ import main
         (["--config.prune.protected=(7,)"], "there is no block 7"),
         (["--config.prune.protected=('a',)"], "must be numbers of blocks"),
         (["--config.prune.snapshots=('a',)"], "must decrease from below 1"),
-        (["--config.prune.snapshots=(0.9,)"], "need prune.mode=iterative"),
+        (["--config.prune.snapshots=(0.9,)"], "do not go with prune.mode=gradual"),
         (["--config.prune.score.from_training=True"], "score.from_training=True: needs prune.criterion=taylor"),
         (["--config.prune.ema=2.0"], "config.prune.ema=2.0: must be in [0, 1)"),
         (["--config.prune.steps=0"], "config.prune.steps=0: must be >= 1"),

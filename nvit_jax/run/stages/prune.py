@@ -53,6 +53,7 @@ def prune_model(run: Run) -> dict[str, Any]:
             method=rules.plan(p),
             rule=rules.choice(p),
             compensate=p.compensate,
+            snapshots=tuple(p.snapshots) if p.mode == "one_shot" else (),
             latency_table=predict,
             training=recipe_of(c, "prune", _objective(run), teacher_of(c, "prune", dense.dims, dataset.preprocessing)),
             evaluate_on=dataset.split("val").some(p.eval_images),
@@ -61,6 +62,8 @@ def prune_model(run: Run) -> dict[str, Any]:
             callback=_Keeper(run, dense, dataset, predict),
         )
     info = _info(run, dense, dataset)
+    for ratio, masked in found.snapshots.items():
+        _save_snapshot(run, ratio, masked, masked.compact(), info)
     _save_pair(stage.path, found.masked, found.model, info)
     write_json(stage.path / "latency.json", _times(found, how))
     return _result(run, found, dataset, predict)
@@ -98,16 +101,22 @@ class _Keeper:
     def __call__(self, pruning: Pruning) -> None:
         if pruning.line["pruning"] == 1:
             _keep_scores(self.run, pruning.scores, self.dense.dims, self.predict)
+        if self.run.config.prune.mode != "iterative":
+            return
         for ratio in self.run.config.prune.snapshots:
             assert self.predict is not None
             whole = self.predict(self.dense.dims)
             if self.predict(pruning.before) > ratio * whole >= self.predict(pruning.after):
-                place = self.run.stage.path / "snapshots" / str(ratio)
                 info = _info(self.run, self.dense, self.dataset)
-                info["provenance"] |= {"snapshot": ratio}
-                _save_pair(place, *cut(pruning.state, self.dense), info)
+                place = _save_snapshot(self.run, ratio, *cut(pruning.state, self.dense), info)
                 part = self.predict(pruning.after) / whole
                 self.run.stage.say(f"snapshot {ratio}: predicted latency x{part:.3f}, {place}")
+
+
+def _save_snapshot(run: Run, ratio: float, masked: Model, compact: Model, info: dict[str, Any]) -> pathlib.Path:
+    place = run.stage.path / "snapshots" / str(ratio)
+    _save_pair(place, masked, compact, info | {"provenance": info["provenance"] | {"snapshot": ratio}})
+    return place
 
 
 def _save_pair(place: pathlib.Path, masked: Model, compact: Model, info: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def prune_keys() -> Iterator[None]:
     names |= {key: f"config.prune.score.{key}" for key in ("scheme", "chunk", "probes", "batches")}
     names |= {
         key: f"config.prune.{key}"
-        for key in ("criterion", "rule", "compensate", "profile", "kinds", "floors", "align", "eta")
+        for key in ("criterion", "rule", "compensate", "snapshots", "profile", "kinds", "floors", "align", "eta")
     }
     names |= {key: f"config.prune.{key}" for key in ("interval", "steps", "groups_per_step")}
     with keys_of("prune"), renamed(names):
@@ -55,7 +55,7 @@ def limits(p: ConfigDict, *, latency: bool) -> Limits:
         raise UserError(
             f'prune.rule="{p.rule}" needs a latency model: run the latency stage, or set config.latency.table'
         )
-    if p.snapshots and not latency:
+    if p.snapshots and p.mode == "iterative" and not latency:
         raise UserError("prune.snapshots needs a latency model: run the latency stage, or set config.latency.table")
     return found
 
