@@ -137,6 +137,8 @@ def main() -> None:
     for name in ("model", "images", "classes", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.8, 0.65, 0.5])
+    parser.add_argument("--importances", nargs="*", choices=IMPORTANCES, default=list(IMPORTANCES))
+    parser.add_argument("--scopes", nargs="*", choices=list(SCOPES), default=list(SCOPES))
     parser.add_argument("--count", type=int, default=100, help="images for the gradients")
     options = parser.parse_args()
     model = load_model(options.model)
@@ -164,7 +166,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found = read_json(kept) if kept.exists() else {"dense": top1(module)}
     print(f"unpruned: {found['dense']:.1%}", flush=True)
-    for name in IMPORTANCES:
+    for name in options.importances:
         for shipped in (False, True):
             cache: dict[str, Any] = {}
 
@@ -181,7 +183,7 @@ def main() -> None:
                     if square is not None:
                         importance._accu_grad[parameter], importance._counter[parameter] = square.clone(), count
 
-            for scope in SCOPES:
+            for scope in options.scopes:
                 for ratio in options.ratios:
                     key = f"{name} | {'shipped' if shipped else 'normalizer=None'} | {scope} | {ratio}"
                     if key in found:
