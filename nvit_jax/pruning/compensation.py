@@ -17,7 +17,8 @@ from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.pruning import rebasis
 from nvit_jax.pruning.leastsquares import Fit, fit, removal
-from nvit_jax.pruning.statistics import Sensitivity, Streams, TokenMoments, Walk, padded_block
+from nvit_jax.pruning.moments import Sensitivity, TokenMoments
+from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
 READERS = {"attention": ("q", "k", "v"), "mlp": ("fc1",)}  # of the stream, in the parts of a block
 ORDER = 1e-2  # ridge of the fits that features are chosen by

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-from nvit_jax.pruning.statistics import Moments, Sensitivity, TokenMoments
+from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
 
 # Tried on held-back images:
 RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
@@ -114,7 +114,7 @@ def removal(
     updated.
 
     Args:
-      metric: [D, D] of the error, see statistics.Sensitivity.
+      metric: [D, D] of the error, see moments.Sensitivity.
       live: [F] 0 for features that are not there.
 
     Returns:

@@ -20,7 +20,8 @@ from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.pruning import compensation, rebasis
 from nvit_jax.pruning.compensation import ORDER, TOKENS, Chosen
 from nvit_jax.pruning.leastsquares import removal, solve
-from nvit_jax.pruning.statistics import Moments, Sensitivity, Streams, TokenMoments, Walk, padded_block
+from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
+from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
 CUTS = (0.625, 0.375, 0.125)  # widths that are really cut to, of the whole
 _JUDGED = 60  # held-back images, about, that are looked at after a real cut

@@ -19,7 +19,8 @@ from nvit_jax.model.groups import Params
 from nvit_jax.parallel import Parallel, any_process
 from nvit_jax.pruning import cross, obs
 from nvit_jax.pruning.compensation import Chosen, compensate, masked_block
-from nvit_jax.pruning.statistics import Gates, Images, Loss, Sensitivity, Walk, hold_back, padded_block
+from nvit_jax.pruning.moments import Sensitivity
+from nvit_jax.pruning.statistics import Gates, Images, Loss, Walk, hold_back, padded_block
 from nvit_jax.training.distill import Stopped
 from nvit_jax.training.monitor import Monitor
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from nvit_jax.model.groups import Params
 from nvit_jax.pruning.leastsquares import root, solve
-from nvit_jax.pruning.statistics import Moments
+from nvit_jax.pruning.moments import Moments
 
 _EVEN = 1e-6  # of the mean variance is added to moments that a basis comes from
 

@@ -1,4 +1,4 @@
-"""What compensation knows of a model on images: means, second moments and gradients at the parts of its blocks.
+"""What compensation knows of a model on images: moments and gradients at the parts of its blocks.
 
 A model is walked part by part (`vit.part`: the attention or the mlp of a block), all images through one part before the
 next, so that a part's moments need the memory of one part. Sums run over the images of a batch in float32 about the
@@ -6,8 +6,8 @@ batch's own mean, over batches in float64; batches lie on the devices of all pro
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
+from nvit_jax.pruning.moments import Sensitivity, TokenMoments, moments, summed
 from nvit_jax.pruning.saliency import per_sample
 from nvit_jax.training.losses import cross_entropy, draw_labels, kl_nvit
 
@@ -28,116 +29,6 @@ Loss = Callable[..., jax.Array]  # (logits [B, T, C], batch) -> [B]
 def parts(dims: ViTDims) -> list[Part]:
     """Of a model, in the order of the computation."""
     return [(block, name) for block in range(dims.depth) for name in vit.PARTS]
-
-
-class Moments(NamedTuple):
-    """Means and centred second moments of features x [F] and targets y [D], float64."""
-
-    weight: float  # of all samples
-    x: np.ndarray  # [F] mean
-    y: np.ndarray  # [D] mean
-    xx: np.ndarray  # [F, F] sum of (x - mean)(x - mean)'
-    xy: np.ndarray  # [F, D]
-    yy: np.ndarray  # [D] the diagonal alone
-
-    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
-        """Of both samples together (Chan, Golub and LeVeque 1983)."""
-        if not self.weight or not other.weight:
-            return self if self.weight else other
-        total = self.weight + other.weight
-        share, dx, dy = other.weight / total, other.x - self.x, other.y - self.y
-        between = self.weight * share
-        return Moments(
-            total,
-            self.x + share * dx,
-            self.y + share * dy,
-            self.xx + other.xx + between * np.outer(dx, dx),
-            self.xy + other.xy + between * np.outer(dx, dy),
-            self.yy + other.yy + between * dy**2,
-        )
-
-    def scaled(self, factor: float) -> "Moments":
-        """As if every sample counted `factor` times."""
-        return Moments(factor * self.weight, self.x, self.y, factor * self.xx, factor * self.xy, factor * self.yy)
-
-    def mapped(self, features: np.ndarray) -> "Moments":
-        """Of other features x' = x F, F [F, F']."""
-        return self._replace(x=self.x @ features, xx=features.T @ self.xx @ features, xy=features.T @ self.xy)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """[F, F] of the features."""
-        return self.xx / self.weight
-
-    @property
-    def cross(self) -> np.ndarray:
-        """[F, D] covariance of features and targets."""
-        return self.xy / self.weight
-
-
-def moments(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-    """The fields of Moments of one batch: x [B, N, F], y [B, N, D], every token with weight 1, in x's type."""
-    mean_x, mean_y = x.mean((0, 1)), y.mean((0, 1))
-    cx, cy = x - mean_x, y - mean_y
-    cross = jnp.einsum("bni,bnj->ij", cx, cy)
-    weight = jnp.asarray(x.shape[0] * x.shape[1], x.dtype)
-    return weight, mean_x, mean_y, jnp.einsum("bni,bnj->ij", cx, cx), cross, jnp.square(cy).sum((0, 1))
-
-
-def summed(found: Iterable[tuple[Any, ...]]) -> Moments:
-    """Moments of batches -> of all of them."""
-    total = Moments(0.0, *(np.zeros(0),) * 5)
-    for one in found:
-        total = total + Moments(float(one[0]), *(np.asarray(value, np.float64) for value in one[1:]))
-    return total
-
-
-class TokenMoments(NamedTuple):
-    """Moments over the prefix tokens (class, distillation, registers) and over the patches, apart."""
-
-    prefix: Moments
-    patches: Moments
-
-    def __add__(self, other: "TokenMoments") -> "TokenMoments":  # type: ignore[override]
-        return TokenMoments(self.prefix + other.prefix, self.patches + other.patches)
-
-    def mapped(self, features: np.ndarray) -> "TokenMoments":
-        """Of other features x' = x F."""
-        return TokenMoments(*(one.mapped(features) if one.weight else one for one in self))
-
-    def together(self, shares: tuple[float, float]) -> Moments:
-        """With these weights of a token."""
-        found = self.prefix.scaled(shares[0]) + self.patches.scaled(shares[1])
-        return found.scaled(1 / found.weight) if found.weight else found
-
-
-@dataclasses.dataclass(frozen=True)
-class Sensitivity:
-    """How much a loss feels a change of what a part writes into the stream.
-
-    metric: [D, D] mean over images of the sum over tokens of g g', g the gradient of the loss at the part's output.
-      With labels drawn from the model it is the Fisher matrix there: the loss of an error e is about e' metric e / 2.
-    prefix, patches: the mean over such tokens of |g|^2.
-    """
-
-    metric: np.ndarray
-    prefix: float
-    patches: float
-
-    def of(self, embed: np.ndarray) -> "Sensitivity":
-        """To errors in the channels that are left alone; `embed` [D] is 0 for the others."""
-        return dataclasses.replace(self, metric=self.metric * np.outer(embed, embed))
-
-    def shares(self, power: float) -> tuple[float, float]:
-        """Weights of a prefix token and of a patch in a regression: what the loss feels of it, to a power.
-
-        At 0 they are alike. At 1 it is the loss's own weight: the class token alone decides in the last block. It is
-        too few samples to fit weights to.
-        """
-        most = max(self.prefix, self.patches)
-        if not most > 0:
-            return 1.0, 1.0
-        return max(self.prefix / most, 1e-9) ** power, max(self.patches / most, 1e-9) ** power
 
 
 @dataclasses.dataclass

@@ -13,7 +13,8 @@ from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.parallel import Parallel
 from nvit_jax.pruning import leastsquares, obs, rebasis
 from nvit_jax.pruning.compensation import Chosen, compensate, value_features
-from nvit_jax.pruning.statistics import Images, Moments, TokenMoments, Walk, hold_back, moments, summed
+from nvit_jax.pruning.moments import Moments, TokenMoments, moments, summed
+from nvit_jax.pruning.statistics import Images, Walk, hold_back
 
 KEEP = Chosen(values=False, neurons=False)
 ANEW = Chosen(values=True, neurons=True)
