@@ -169,6 +169,8 @@ def _of_section(name: str) -> Iterator[Together]:
 
 
 def _snapshots_fall(c: ConfigDict) -> bool:
+    if not c.prune.snapshots:
+        return True
     target = c.prune.target
     last = target.latency_ratio or 0.0
     if c.prune.mode == "one_shot":

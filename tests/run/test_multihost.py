@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, read
 
 import nvit_jax
 from nvit_jax.model.groups import flatten
@@ -118,6 +118,23 @@ def test_scores_from_training_steps(workdirs, tmp_path):
     removed = [[json.loads(line)["removed"] for line in text] for text in lines]
     assert len(removed[0]) >= 2 and removed[0] == removed[1]
     assert_same_weights(*(nvit_jax.load_model(tmp_path / name / "prune" / "model") for name in ("one", "two")))
+
+
+def test_one_shot(workdirs, tmp_path):
+    """Calibration, scores and compensation: the same units go, and the same weights are fitted."""
+    more = ["--stage=prune", "--config.prune.mode=one_shot", f"--config.model={workdirs[0] / 'pretrain' / 'model'}"]
+    output = start(tmp_path / "one", 4, *more).communicate(timeout=300)[0]
+    assert "[prune] obs" in output, output
+    for code, output in pair(tmp_path / "two", *more):
+        assert code == 0, output
+    one, two = (nvit_jax.load_model(tmp_path / name / "prune" / "masked") for name in ("one", "two"))
+    for a, b in zip(one.masks, two.masks, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert read(tmp_path / "two" / "prune" / "metrics.json")["compensated"]
+    images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
+    logits = np.asarray(one(images))
+    # Fits multiply the rounding of their float32 moments by the condition of a covariance, which a ridge bounds.
+    np.testing.assert_allclose(two(images), logits, rtol=0, atol=1e-4 * np.abs(logits).max())
 
 
 def test_sigterm_on_one_stops_both_at_the_same_step(tmp_path):

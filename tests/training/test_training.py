@@ -137,7 +137,7 @@ def test_the_loop_averages_scores_and_trains_between_prunings(reset):
     target = Target("mlp", lambda d: float(sum(d.mlp)), 2 * dims.mlp[0] - 8.0, 0.0)  # four prunings of 2 neurons
     work = types.SimpleNamespace(
         score=score,
-        remove=lambda train, masks: train._replace(masks=masks),
+        remove=lambda train, masks: (train._replace(masks=masks), {}),
         train=train,
         evaluate=lambda s: {},
         pruned=lambda pruning: None,

@@ -175,7 +175,8 @@ def _result(run: Run, found: Pruned, dataset: Dataset, predict: Latency | None) 
         "dims",
     )
     result = {"criterion": r["criterion"], "target": target} | {key: r[key] for key in keys}
-    result |= {key: r[key] for key in CHECKED if key in r}
+    if p.mode == "one_shot":
+        result |= {key: r[key] for key in CHECKED if key in r}
     result |= {
         "latency_source": source(predict),
         "calibration_overlap": dataset.overlap > 0,
