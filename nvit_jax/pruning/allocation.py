@@ -42,8 +42,8 @@ _STEPS = 30  # bisections of the price
 _CUTS = 100  # cutting planes at most
 _HIGHEST = 1e6  # price: of all that a model costs, in sums of all scores
 _DEPTHS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)  # of the way from the bound to the best score so far, tried in turn
+_TILTS = (-0.2, 0.2)  # of the highest price
 _STATES = 100_000  # beginnings that go on
-_BUCKETS = 16  # of each cost but the first, in which beginnings are compared
 _ROUNDING = 1e-12  # of the sum of all scores
 _SURE = 5e-10  # half of what Target.holds allows, so that a sum over parts that fits holds for the whole model
 
@@ -252,70 +252,95 @@ def _give_back(options: _Options, choice: _Choice, holds: Callable[[_Choice], bo
         choice = found
 
 
+def _tilted(prices: np.ndarray) -> Iterator[np.ndarray]:
+    """The prices themselves, and with one of them lower or higher."""
+    yield prices
+    for target, tilt in itertools.product(range(len(prices)), _TILTS):
+        other = prices.copy()
+        other[target] = max(prices[target] + tilt * prices.max(), 0.0)
+        yield other
+
+
 def _least(priced: _Priced, most: float, rounding: float) -> list[int] | None:
-    """The options with the least sum of scores, at most `most` above the bound; None when there are none."""
-    prices, knapsack = priced.prices, priced.knapsack
-    base, _, excess = knapsack.at(prices)
-    room = -excess  # of what is added to the picks at these prices, as all below
-    core = []  # place, options that may be taken, what they lose at the prices, their score and cost
-    for place, (part, pick) in enumerate(zip(knapsack.parts, base, strict=True)):
-        lost = part.at(prices)
-        lost = lost - lost[pick]
-        kept = np.flatnonzero(lost <= most + rounding)
-        core.append((place, kept, lost[kept], (part.score - part.score[pick])[kept], part.cost[:, kept]))
-        core[-1][-1][:] -= part.cost[:, [pick]]
+    """The options with the least sum of scores, embed's included and at most `most`; None when there are none."""
+    knapsack, limit = priced.knapsack, priced.knapsack.room[:, None]
+    tilted = [(prices, *knapsack.at(prices)) for prices in _tilted(priced.prices)]
+    core = []  # place, options that may be taken, their score and cost
+    for place, part in enumerate(knapsack.parts):
+        kept = np.ones(len(part.score), bool)
+        for prices, picks, score, excess in tilted:
+            lost = part.at(prices)
+            kept &= score + (prices * excess).sum() + lost - lost[picks[place]] <= most + rounding
+        chosen = np.flatnonzero(kept)
+        core.append((place, chosen, part.score[chosen], part.cost[:, chosen]))
     core.sort(key=lambda part: len(part[1]))
-    # What the parts still to come cost at least and at most.
-    least, largest = (
-        np.cumsum([np.zeros(len(room))] + [side(cost, axis=1) for *_, cost in core[::-1]], axis=0)[::-1, :, None]
-        for side in (np.min, np.max)
-    )
-    lost, score, cost = np.zeros(1), np.zeros(1), np.zeros((len(room), 1))
+    if not len(core[0][1]):
+        return None
+
+    def to_come(values: Sequence[np.ndarray]) -> np.ndarray:
+        """Of the parts after the first 0, 1, ..., in the order of core."""
+        return np.cumsum([np.zeros_like(values[0]), *values[::-1]], axis=0)[::-1]
+
+    places = [place for place, *_ in core]
+    cheapest = to_come([cost.min(1, keepdims=True) for *_, cost in core])
+    dearest = to_come([cost.max(1, keepdims=True) for *_, cost in core])
+    ends = []  # with the picks at each prices, a bound, and where they fit a solution
+    for prices, picks, _, _ in tilted:
+        scores = to_come([knapsack.parts[place].score[picks[place]] for place in places])
+        costs = to_come([knapsack.parts[place].cost[:, picks[place], None] for place in places])
+        ends.append((prices[:, None], scores, costs))
+    score, cost = np.full(1, knapsack.score), np.zeros((len(limit), 1))
     origins: list[np.ndarray] = []
-    limit, prices = room[:, None], prices[:, None]
-    for number, (_, _, part_lost, part_score, part_cost) in enumerate(core, 1):
-        lost = (lost[:, None] + part_lost).ravel()
+    for number, (_, _, part_score, part_cost) in enumerate(core, 1):
         score = (score[:, None] + part_score).ravel()
-        cost = (cost[:, :, None] + part_cost[:, None]).reshape(len(room), -1)
-        fits = (cost <= limit).all(0)  # with the picks of the parts to come, a solution
-        if fits.any():
-            most = min(most, float((lost + (prices * (limit - cost)).sum(0))[fits].min()))
-        unused = np.maximum(limit - cost - largest[number], 0)
-        bound = lost + (prices * unused).sum(0)
-        alive = np.flatnonzero((bound <= most + rounding) & (cost + least[number] <= limit).all(0))
+        cost = (cost[:, :, None] + part_cost[:, None]).reshape(len(limit), -1)
+        bound = score.copy()  # no score is below 0
+        for prices, end_score, end_cost in ends:
+            above = cost + (end_cost[number] - limit)
+            whole = score + end_score[number]
+            most = min(most, float(whole[(above <= 0).all(0)].min(initial=np.inf)))
+            bound = np.maximum(bound, whole + (prices * above).sum(0))
+        alive = np.flatnonzero((bound <= most + rounding) & (cost + cheapest[number] <= limit).all(0))
         # Below this a cost makes no difference any more.
-        alike = np.maximum(cost, limit - largest[number])[:, alive]
-        alive = alive[_undominated(score[alive], alike)]
+        alive = alive[_undominated(score[alive], np.maximum(cost, limit - dearest[number])[:, alive])]
         if len(alive) > _STATES:
             alive = np.sort(alive[np.argsort(bound[alive], kind="stable")[:_STATES]])
         if not len(alive):
             return None
         origins.append(alive)
-        lost, score, cost = lost[alive], score[alive], cost[:, alive]
-    state, picks = int(np.argmin(score)), list(base)
-    for (place, kept, *_), origin in zip(core[::-1], origins[::-1], strict=True):
-        state, option = divmod(int(origin[state]), len(kept))
-        picks[place] = int(kept[option])
-    return picks
+        score, cost = score[alive], cost[:, alive]
+    state, picked = int(np.argmin(score)), [0] * len(core)
+    for (place, chosen, *_), origin in zip(core[::-1], origins[::-1], strict=True):
+        state, option = divmod(int(origin[state]), len(chosen))
+        picked[place] = int(chosen[option])
+    return picked
 
 
 def _undominated(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Indices without those for which another has neither a higher score [n] nor a higher cost [T, n].
 
-    All such for one cost. Several costs: those found by comparing between buckets of all costs but the first.
+    In the order of the first cost a running minimum of the score tells. For each further cost its ranks are halved
+    again and again, and the lower halves compared with the upper ones: two ranks differ first in some bit.
     """
-    order = np.lexsort((score, cost[0]))
-    score, cost = score[order], cost[:, order]
-    inner = np.linspace(0, 1, _BUCKETS + 1)[1:-1]
-    buckets = [np.searchsorted(np.quantile(c, inner), c) for c in cost[1:]] if len(score) else []
-    alive = np.ones(len(score), bool)
-    for corner in itertools.product(range(1, _BUCKETS), repeat=len(buckets)):
-        below, above = np.ones(len(score), bool), np.ones(len(score), bool)
-        for bucket, edge in zip(buckets, corner, strict=True):
-            below &= bucket < edge
-            above &= bucket >= edge
-        lowest = np.minimum.accumulate(np.where(below & alive, score, np.inf))
-        alive[1:] &= ~above[1:] | (score[1:] < lowest[:-1])
+    order = np.lexsort((score, *cost[:0:-1], cost[0]))  # what dominates comes first, of equals the first index
+    count = len(order)
+    value = np.unique(score[order], return_inverse=True)[1]
+    ranks = np.empty((len(cost) - 1, count), int)
+    for rank, further in zip(ranks, cost[1:, order], strict=True):
+        rank[np.argsort(further, kind="stable")] = np.arange(count)
+    alive = np.ones(count, bool)
+    for bits in itertools.product(reversed(range(count.bit_length())), repeat=len(ranks)):
+        left = np.flatnonzero(alive)
+        family, lower, upper = np.zeros(len(left), int), np.ones(len(left), bool), np.ones(len(left), bool)
+        for rank, bit in zip(ranks[:, left], bits, strict=True):
+            half = (rank >> bit) & 1
+            lower, upper = lower & (half == 0), upper & (half == 1)
+            family = np.unique(family * (count + 1) + (rank >> (bit + 1)), return_inverse=True)[1]
+        together = np.argsort(family, kind="stable")
+        start = -2 * count * family[together]  # below all of the families before, so that they do not count
+        own = start + value[left[together]]
+        lowest = np.minimum.accumulate(np.where(lower[together], own, start + count))
+        alive[left[together[1:]]] &= ~upper[together[1:]] | (own[1:] < lowest[:-1])
     return np.sort(order[alive])
 
 
@@ -325,6 +350,7 @@ def allocate(scores: Units, masks: Units, dims: ViTDims, policy: Policy, targets
     scores = Units(*(np.asarray(s, np.float64) for s in scores))
     options = _Options.find(scores, masks, dims, policy)
     unmet = [t for t in targets if not t.holds(options.now)]
+    unmet = [t for t in unmet if not any(t.cost is o.cost and t.limit > o.limit for o in unmet)]
     if not unmet:
         return Ranking(masks, options.now, [], True, 0)
 
@@ -349,7 +375,7 @@ def allocate(scores: Units, masks: Units, dims: ViTDims, policy: Policy, targets
         offer(_first(priced, holds, scale))
         reach = min(least, scale) - priced.bound
         for part in _DEPTHS if reach > 0 else ():  # a bound above all scores: out of reach
-            picks = _least(priced, part * reach, rounding)
+            picks = _least(priced, priced.bound + part * reach, rounding)
             if picks is not None:
                 offer(priced.knapsack.choice(picks))
                 break
