@@ -14,12 +14,11 @@ three steps, for each embed width:
 2. At a multiple of these prices the targets hold. Groups are given back while they do, the largest score first. This is
    the first solution, and embed widths whose bound is not below its score are left out.
 3. What an option loses to the pick of its part at these prices adds to the bound. Options that lift it above the best
-   score so far are left out, and the others tried part after part: of two beginnings that cost the same, only the one
-   with the lower score goes on.
+   score so far are left out. The others are combined part after part. Of these beginnings those go on whose bound is
+   low enough, and for which no other has neither a higher score nor a higher cost. What is left at the end is the best.
 
-Step 3 keeps at most `_STATES` beginnings. One target needs some thousands, and the result is proven to be the best.
-Several that bind at once may need more than that: then the most promising go on, and the result may be a little above
-the least score. A cost that is no sum over the blocks makes the bound a guess: all targets hold for the result then,
+Step 3 keeps at most `_STATES` beginnings. One target needs some thousands for the largest models, two that bind at once
+up to twenty thousand. Beyond that the most promising go on, and the result may be a little above the least score. A cost that is no sum over the blocks makes the bound a guess: all targets hold for the result then,
 too, since every solution is tried on the dims of the whole model, but a better one may exist.
 
 Nothing depends on a clock. Of equal solutions the one that is met first is taken, in the order of embed's bounds,
@@ -41,9 +40,8 @@ from nvit_jax.pruning.ranking import Policy, Ranking, Removal, Target, groups, r
 _STEPS = 30  # bisections of the price
 _CUTS = 100  # cutting planes at most
 _HIGHEST = 1e6  # price: of all that a model costs, in sums of all scores
-_DEPTHS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)  # of the way from the bound to the best score so far, tried in turn
-_TILTS = (-0.2, 0.2)  # of the highest price
-_STATES = 100_000  # beginnings that go on
+_DEPTHS = tuple(2.0**-n for n in range(8, -1, -1))  # of the way from the bound to the best score so far, tried in turn
+_STATES = 30_000  # beginnings that go on
 _ROUNDING = 1e-12  # of the sum of all scores
 _SURE = 5e-10  # half of what Target.holds allows, so that a sum over parts that fits holds for the whole model
 
@@ -220,7 +218,8 @@ def _priced(knapsack: _Knapsack, scale: float) -> _Priced:
 def _first(priced: _Priced, holds: Callable[[_Choice], bool], scale: float) -> _Choice | None:
     """The picks at the least multiple of the prices where the targets hold; None when they hold at none."""
     knapsack, start = priced.knapsack, float(priced.prices.max()) or scale
-    for direction in (priced.prices / start, np.ones(len(priced.prices))):  # no price, no saving: then all the same
+    # Where a target has no price, raising the prices may never make it hold: then all targets get the same.
+    for direction in (priced.prices / start, np.ones(len(priced.prices))):
 
         def at(price: float, direction: np.ndarray = direction) -> _Choice:
             return knapsack.choice(knapsack.at(price * direction)[0])
@@ -252,54 +251,37 @@ def _give_back(options: _Options, choice: _Choice, holds: Callable[[_Choice], bo
         choice = found
 
 
-def _tilted(prices: np.ndarray) -> Iterator[np.ndarray]:
-    """The prices themselves, and with one of them lower or higher."""
-    yield prices
-    for target, tilt in itertools.product(range(len(prices)), _TILTS):
-        other = prices.copy()
-        other[target] = max(prices[target] + tilt * prices.max(), 0.0)
-        yield other
-
-
 def _least(priced: _Priced, most: float, rounding: float) -> list[int] | None:
     """The options with the least sum of scores, embed's included and at most `most`; None when there are none."""
-    knapsack, limit = priced.knapsack, priced.knapsack.room[:, None]
-    tilted = [(prices, *knapsack.at(prices)) for prices in _tilted(priced.prices)]
+    knapsack, limit, prices = priced.knapsack, priced.knapsack.room[:, None], priced.prices[:, None]
+    picks, _, _ = knapsack.at(priced.prices)
     core = []  # place, options that may be taken, their score and cost
-    for place, part in enumerate(knapsack.parts):
-        kept = np.ones(len(part.score), bool)
-        for prices, picks, score, excess in tilted:
-            lost = part.at(prices)
-            kept &= score + (prices * excess).sum() + lost - lost[picks[place]] <= most + rounding
-        chosen = np.flatnonzero(kept)
-        core.append((place, chosen, part.score[chosen], part.cost[:, chosen]))
-    core.sort(key=lambda part: len(part[1]))
-    if not len(core[0][1]):
+    for place, (part, pick) in enumerate(zip(knapsack.parts, picks, strict=True)):
+        lost = part.at(priced.prices)
+        kept = np.flatnonzero(priced.bound + lost - lost[pick] <= most + rounding)
+        core.append((place, kept, part.score[kept], part.cost[:, kept]))
+    if not all(len(kept) for _, kept, *_ in core):
         return None
+    core.sort(key=lambda part: len(part[1]))
 
     def to_come(values: Sequence[np.ndarray]) -> np.ndarray:
-        """Of the parts after the first 0, 1, ..., in the order of core."""
+        """Sums over the parts after the first 0, 1, ..."""
         return np.cumsum([np.zeros_like(values[0]), *values[::-1]], axis=0)[::-1]
 
-    places = [place for place, *_ in core]
+    ends = [(knapsack.parts[place], picks[place]) for place, *_ in core]
+    end_score = to_come([part.score[pick] for part, pick in ends])
+    end_cost = to_come([part.cost[:, pick, None] for part, pick in ends])
     cheapest = to_come([cost.min(1, keepdims=True) for *_, cost in core])
     dearest = to_come([cost.max(1, keepdims=True) for *_, cost in core])
-    ends = []  # with the picks at each prices, a bound, and where they fit a solution
-    for prices, picks, _, _ in tilted:
-        scores = to_come([knapsack.parts[place].score[picks[place]] for place in places])
-        costs = to_come([knapsack.parts[place].cost[:, picks[place], None] for place in places])
-        ends.append((prices[:, None], scores, costs))
     score, cost = np.full(1, knapsack.score), np.zeros((len(limit), 1))
     origins: list[np.ndarray] = []
     for number, (_, _, part_score, part_cost) in enumerate(core, 1):
         score = (score[:, None] + part_score).ravel()
         cost = (cost[:, :, None] + part_cost[:, None]).reshape(len(limit), -1)
-        bound = score.copy()  # no score is below 0
-        for prices, end_score, end_cost in ends:
-            above = cost + (end_cost[number] - limit)
-            whole = score + end_score[number]
-            most = min(most, float(whole[(above <= 0).all(0)].min(initial=np.inf)))
-            bound = np.maximum(bound, whole + (prices * above).sum(0))
+        # With the picks of the parts to come: a bound, and a solution where it fits.
+        whole, above = score + end_score[number], cost + end_cost[number] - limit
+        most = min(most, float(whole[(above <= 0).all(0)].min(initial=np.inf)))
+        bound = np.maximum(whole + (prices * above).sum(0), score)  # no score is below 0
         alive = np.flatnonzero((bound <= most + rounding) & (cost + cheapest[number] <= limit).all(0))
         # Below this a cost makes no difference any more.
         alive = alive[_undominated(score[alive], np.maximum(cost, limit - dearest[number])[:, alive])]
@@ -309,11 +291,11 @@ def _least(priced: _Priced, most: float, rounding: float) -> list[int] | None:
             return None
         origins.append(alive)
         score, cost = score[alive], cost[:, alive]
-    state, picked = int(np.argmin(score)), [0] * len(core)
-    for (place, chosen, *_), origin in zip(core[::-1], origins[::-1], strict=True):
-        state, option = divmod(int(origin[state]), len(chosen))
-        picked[place] = int(chosen[option])
-    return picked
+    state = int(np.argmin(score))
+    for (place, kept, *_), origin in zip(core[::-1], origins[::-1], strict=True):
+        state, option = divmod(int(origin[state]), len(kept))
+        picks[place] = int(kept[option])
+    return picks
 
 
 def _undominated(score: np.ndarray, cost: np.ndarray) -> np.ndarray:

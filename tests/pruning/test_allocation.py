@@ -212,6 +212,19 @@ def test_ties_are_broken_the_same_way():
     )
 
 
+@pytest.mark.parametrize("costs", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 60])
+def test_what_is_dominated_goes_and_nothing_else(costs, count):
+    rng = np.random.default_rng(count)
+    for most in (3, 30):  # with many ties, and with few
+        score, cost = rng.integers(0, most, count).astype(float), rng.integers(0, most, (costs, count)).astype(float)
+        all_of = np.vstack([score, cost])
+        no_worse = (all_of[:, :, None] <= all_of[:, None]).all(0)  # [i, j]
+        equal = no_worse & no_worse.T
+        dominated = (no_worse & ~equal).any(0) | (equal & (np.arange(count)[:, None] < np.arange(count))).any(0)
+        assert allocation._undominated(score, cost).tolist() == np.flatnonzero(~dominated).tolist()
+
+
 def test_what_does_not_fit_in_memory_costs_score_and_not_the_target(monkeypatch):
     dims, p = small_dims(embed=9, depth=3, heads=3, qk=6, v=5, mlp=22, patch=4), policy()
     targets = make_targets({"macs_ratio": 0.5, "params_ratio": 0.55}, dims, None)
