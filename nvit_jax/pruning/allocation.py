@@ -17,9 +17,10 @@ three steps, for each embed width:
    score so far are left out. The others are combined part after part. Of these beginnings those go on whose bound is
    low enough, and for which no other has neither a higher score nor a higher cost. What is left at the end is the best.
 
-Step 3 keeps at most `_STATES` beginnings. One target needs some thousands for the largest models, two that bind at once
-up to twenty thousand. Beyond that the most promising go on, and the result may be a little above the least score. A cost that is no sum over the blocks makes the bound a guess: all targets hold for the result then,
-too, since every solution is tried on the dims of the whole model, but a better one may exist.
+Step 3 keeps at most `_STATES` beginnings. ViT-H has some thousands with one target, and 15,000 with two that bind at
+once. Beyond that the most promising go on, and the result may be a little above the least score. A cost that is no sum
+over the blocks makes the bound a guess: all targets hold then, too, since every solution is tried on the dims of the
+whole model, but a better one may exist. tests/ablations/solving.py measures how long all this takes.
 
 Nothing depends on a clock. Of equal solutions the one that is met first is taken, in the order of embed's bounds,
 parts and options, so that the same scores give the same answer.
