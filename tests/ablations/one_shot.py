@@ -4,7 +4,7 @@
 
 The images are split in two by hash of their file names. Each draw takes some images of one half to calibrate on; top-1
 and the mean KL divergence from the unpruned model's answers are of the whole other half. Every result is kept under
---out at once, so that a stopped run goes on. `--methods torch_pruning` needs the package torch-pruning.
+--out at once, so that a stopped run goes on. Torch-Pruning on the same images: tests/ablations/torch_pruned.py.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             yield Cell("everything", count, 0, ratio)
 
 
-def table(found: dict[str, Any], wanted: list[Cell], labels: int) -> str:
+def table(found: dict[str, Any], wanted: list[Cell]) -> str:
     """Markdown: a row for each method and number of images, a column for each size; mean ± spread over the draws."""
     ratios = sorted({cell.ratio for cell in wanted}, reverse=True)
     lines = ["| | images | " + " | ".join(f"MACs {r:g}: top-1 | KL" for r in ratios) + " |"]
@@ -220,20 +220,25 @@ def table(found: dict[str, Any], wanted: list[Cell], labels: int) -> str:
                 text = form.format(np.mean(values)) if values else "not run"
                 row.append(text + (f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""))
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join([*lines, "", f"{labels} images judged, {timing.device_name()}"])
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "images", "classes", "out"):
+        found.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    found.add_argument("--methods", nargs="*", default=list(INGREDIENTS), choices=INGREDIENTS)
+    found.add_argument("--ratios", nargs="*", type=float, default=[0.8, 0.65, 0.5])
+    found.add_argument("--draws", type=int, default=3)
+    found.add_argument("--count", type=int, default=100, help="calibration images of a draw")
+    found.add_argument("--counts", nargs="*", type=int, default=[32, 250], help="more numbers of them, one draw each")
+    return found
 
 
 def main() -> None:
     timing.keep_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "images", "classes", "out"):
-        parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
-    parser.add_argument("--methods", nargs="*", default=list(INGREDIENTS), choices=INGREDIENTS)
-    parser.add_argument("--ratios", nargs="*", type=float, default=[0.8, 0.65, 0.5])
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--count", type=int, default=100, help="calibration images of a draw")
-    parser.add_argument("--counts", nargs="*", type=int, default=[32, 250], help="more numbers of them, one draw each")
-    options = parser.parse_args()
+    options = parser().parse_args()
     model = load_model(options.model)
     pre = Preprocessing.from_json(model.info["preprocessing"])
     dataset = datasets.load_dataset(
@@ -256,7 +261,7 @@ def main() -> None:
         write_json(kept, found)
         told = found[cell.key]
         print(f"{number + 1}/{len(wanted)} {cell.key}: {told['top1']:.1%}, KL {told['divergence']:.3f}", flush=True)
-    print("\n" + table(found, wanted, len(judge.labels)))
+    print(f"\n{table(found, wanted)}\n\n{len(judge.labels)} images judged, {timing.device_name()}")
 
 
 if __name__ == "__main__":

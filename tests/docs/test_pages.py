@@ -5,6 +5,7 @@ what a page takes for granted there: files, and names such as `images`. What can
 Commands in ```sh blocks are not run: the parsers of the command line must accept them.
 """
 
+import importlib
 import pathlib
 import re
 import runpy
@@ -17,6 +18,7 @@ from conftest import ROOT
 
 import nvit_jax
 from nvit_jax.data.datasets import load_dataset
+from nvit_jax.files import read_json
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model, save_model
@@ -237,3 +239,10 @@ def test_versions_agree():
 
 def test_every_page_is_prepared():
     assert {name_of(page) for page in PAGES if blocks(page, "python")} == set(PREPARED)
+
+
+def test_the_ablation_of_one_shot_is_what_was_run():
+    one_shot = importlib.import_module("tests.ablations.one_shot")
+    options = one_shot.parser().parse_args(["--model=m", "--images=i", "--classes=c", "--out=o"])
+    found = read_json(ROOT / "benchmarks" / "results" / "one_shot_ablation.json")
+    assert one_shot.table(found, list(one_shot.cells(options))) in (ROOT / "docs" / "results.md").read_text()
