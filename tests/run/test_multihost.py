@@ -122,7 +122,8 @@ def test_scores_from_training_steps(workdirs, tmp_path):
 
 def test_one_shot(workdirs, tmp_path):
     """Calibration, scores and compensation: the same units go, and the same weights are fitted."""
-    more = ["--stage=prune", "--config.prune.mode=one_shot", f"--config.model={workdirs[0] / 'pretrain' / 'model'}"]
+    more = ["--stage=prune", "--config.prune.mode=one_shot", "--config.prune.criterion=obs"]
+    more.append(f"--config.model={workdirs[0] / 'pretrain' / 'model'}")
     output = start(tmp_path / "one", 4, *more).communicate(timeout=300)[0]
     assert "[prune] obs" in output, output
     for code, output in pair(tmp_path / "two", *more):
