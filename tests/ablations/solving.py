@@ -1,7 +1,7 @@
 """How long prune.rule="solve" takes for a large model. Scores are drawn at random, so no model and no data is needed.
 
     python -m tests.ablations.solving [--presets deit_base vit_huge] [--profiles cpu gpu] [--kinds blocks all]
-        [--limits macs_ratio=0.5] [--limits macs_ratio=0.5 params_ratio=0.515]
+        [--limits macs_ratio=0.5 params_ratio=0.51]
 
 Scores are exponential within a kind and block, times a factor for each kind and block; a head scores as much as 40 of
 its dims, an embed channel 30. Kinds: "blocks" is all but embed, as the criterion `obs` removes them. Printed are the
