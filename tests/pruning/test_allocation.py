@@ -7,27 +7,13 @@ import numpy as np
 import pytest
 from conftest import small_dims
 from scipy import optimize
+from test_ranking import DIMS, ONES, policy, scores
 
 from nvit_jax.model.dims import KINDS, Units, count_macs, preset
 from nvit_jax.model.masks import full_masks, kept_dims
 from nvit_jax.pruning import allocation
 from nvit_jax.pruning.allocation import allocate
-from nvit_jax.pruning.ranking import Policy, Target, group_sizes, make_targets, rank, remove, smallest_dims, weakest
-
-DIMS = small_dims(embed=4, depth=2, heads=2, qk=2, v=2, mlp=4, patch=8)
-ONES = dict.fromkeys(KINDS, 1)
-
-
-def policy(**changes) -> Policy:
-    return Policy(**({"sizes": ONES, "floors": ONES} | changes))
-
-
-def scores(dims=DIMS, **values) -> Units:
-    """1 everywhere but for what is given."""
-    units = full_masks(dims)
-    return Units(
-        *(np.array(values[k], float) if k in values else u.astype(float) for k, u in zip(KINDS, units, strict=True))
-    )
+from nvit_jax.pruning.ranking import Target, group_sizes, make_targets, rank, remove, smallest_dims, weakest
 
 
 def drawn(dims, seed, below=0.0) -> Units:
