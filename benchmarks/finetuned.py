@@ -1,13 +1,13 @@
 """A pretrained ViT on CIFAR-10: finetuned, pruned to parts of its MACs in several ways, finetuned again. One table.
 
     python benchmarks/finetuned.py --checkpoint deit_tiny_patch16_224.pth --images cifar10 --out runs/finetuned \
-        --epochs 3 --train-images 5000
+        --dense-epochs 6 --epochs 1 --train-images 10000
     python benchmarks/finetuned.py --table --out runs/finetuned
 
 IMAGES/train/CLASS/IMAGE and IMAGES/test/CLASS/IMAGE are read whole, at `--image` pixels. For each seed the checkpoint
 gets a new classifier and is finetuned: the dense model. Every method prunes that one to the same MACs, and what it
-leaves is finetuned for the same epochs by the same recipe, on the labels and on the dense model's answers. All test
-images are counted before and after.
+leaves is finetuned by the same recipe for the same epochs (`--epochs`), on the labels and on the dense model's answers.
+All test images are counted before and after.
 
 What differs between the methods is the pruning alone. NViT's loop trains while it prunes: these steps are taken out of
 its epochs, and "pruned" is then its accuracy at the end of the loop. `scratch` has the widths of `one_shot` and new
@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 import nvit_jax as nvit
-from nvit_jax.data.sources import list_folder
+from nvit_jax.data.listing import list_folder
 from nvit_jax.files import fingerprint, read_json, write_json
 from nvit_jax.latency.timing import device_name, keep_memory
 from nvit_jax.model import vit
@@ -49,7 +49,8 @@ METHODS = {  # what the table calls them
 }
 COLUMNS = ("method", "MACs", "parameters", "latency", "top-1 pruned", "top-1 finetuned", "seeds", "minutes")
 RATIOS = (0.5, 0.3)
-SCORED = 2048  # images that scores and compensation see, the same number for every method
+SCORED = 1024  # images that scores and compensation see, the same number for every method
+TOGETHER = 64  # of them
 LEARNING_RATE = 2e-4
 AUGMENT = nvit.Augment(crop=0.6)  # and flips; CIFAR's objects fill the image
 # The released engine prices with a V100's latencies. Its table is not ours to hand out: an estimate takes its place.
@@ -91,12 +92,17 @@ class Setup:
         """Training steps of a cell."""
         return round(self.options.epochs * self.per_epoch)
 
+    @property
+    def dense_steps(self) -> int:
+        """Training steps of the dense model."""
+        return round(self.options.dense_epochs * self.per_epoch)
+
 
 def prepare(options: argparse.Namespace) -> Setup:
     """Read the checkpoint and the images."""
     train, test = options.images / "train", options.images / "test"
-    classes = len(list_folder(train, "images"))
-    start = nvit.load(options.checkpoint, image=options.image, classes=classes)
+    classes = len(list_folder(train, "images").files)
+    start = nvit.load(options.checkpoint, image=options.image, classes=classes, heads=options.heads)
     seen = start.info["preprocessing"] | {"resize": options.image}  # whole images: nothing is cut off
     start = dataclasses.replace(start, info=start.info | {"preprocessing": seen})
     data = nvit.load_dataset("folder", train=str(train), val=str(test), preprocessing=start.preprocessing)
@@ -147,11 +153,11 @@ def prune(cell: Cell, dense: nvit.Model, setup: Setup) -> tuple[nvit.Model, dict
         dims = nvit.ViTDims.from_json(source["dims"])
         params = jax.device_get(vit.init(dims, jax.random.key(cell.seed)))
         return nvit.Model(dims, params, info=dense.info), source | {"top1_pruned": None}
-    how: dict[str, Any] = {}
+    how: dict[str, Any] = {"batch": TOGETHER}
     if cell.method == "nvit":
         how = nvit_loop(cell, dense.dims, setup) | {"directory": place / "pruning"}
     elif cell.method != "one_shot":
-        how = {"criterion": cell.method, "rule": "per_cost", "compensate": False}
+        how |= {"criterion": cell.method, "rule": "per_cost", "compensate": False}
     found = nvit.prune(dense, setup.train, macs=cell.ratio, images=SCORED, seed=cell.seed, **how)
     kept = ("dims", "macs_ratio", "params_ratio", "latency_ratio", "latency_spread")
     facts = {name: found.record[name] for name in kept} | {"pruning_steps": found.record["history"][-1]["step"]}
@@ -161,7 +167,7 @@ def prune(cell: Cell, dense: nvit.Model, setup: Setup) -> tuple[nvit.Model, dict
 def nvit_loop(cell: Cell, dims: nvit.ViTDims, setup: Setup) -> dict[str, Any]:
     """Arguments of the released loop, with prunings so large that half of the steps are enough for it."""
     assert cell.ratio is not None
-    interval = min(100, max(1, setup.steps // 100))  # NViT's 100, where there are steps for 50 such prunings
+    interval = min(100, max(1, setup.steps // 32))  # NViT's 100, where there are steps for 16 such prunings
     prunings = max(2, setup.steps // 2 // interval)
     sizes = group_sizes("nvit")
     widths = {"head": dims.heads, "qk": dims.qk, "v": dims.v, "mlp": dims.mlp}
@@ -199,7 +205,7 @@ def run(cell: Cell, setup: Setup) -> dict[str, Any]:
     stopped, began = place.exists(), time.monotonic()
     facts: dict[str, Any] = {}
     if cell.method == "dense":
-        model = finetune(setup.start, setup, place / "finetuning", cell.seed, setup.steps)
+        model = finetune(setup.start, setup, place / "finetuning", cell.seed, setup.dense_steps)
     else:
         dense = nvit.load(Cell("dense", None, cell.seed).place(out) / "finetuning" / "model")
         facts = finished(place / "pruned.json")
@@ -237,15 +243,23 @@ def finished(path: Path) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table of a results.json in Markdown, with a line that says what was run."""
+    """The table of a results.json in Markdown: what was run in the line above it, what was not in the line below."""
     records = results.get("cells", [])
     ratios = sorted({*RATIOS, *(r["ratio"] for r in records if r["ratio"] is not None)}, reverse=True)
-    lines = [_caption(results), "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    rows, missing = [], []
     for ratio in (None, *ratios):
         for method in ("dense",) if ratio is None else METHODS:
             same = [r for r in records if (r["method"], r["ratio"]) == (method, ratio)]
             name = "dense" if ratio is None else f"{METHODS[method]}, to {ratio:g}"
-            lines.append(f"| {' | '.join((name, *_columns(same)))} |")
+            if same:
+                rows.append(f"| {' | '.join((name, *_columns(same)))} |")
+            else:
+                missing.append(name)
+    lines = [_caption(results)]
+    if rows:
+        lines += ["", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]
+    if rows and missing:
+        lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines)
 
 
@@ -255,15 +269,14 @@ def _caption(results: dict[str, Any]) -> str:
     last, settings = results["cells"][-1], results["settings"]
     return (
         f"{settings['name']} at {settings['image']} pixels, {last['train_images']:,} training images, "
-        f"{settings['epochs']:g} epochs, {last['test_images']:,} test images; {results['device']}, "
+        f"{settings['dense_epochs']:g} epochs for the dense model and {settings['epochs']:g} for every pruned one, "
+        f"{last['test_images']:,} test images; {results['device']}, "
         f"JAX {results['versions']['jax']}, {max(r['date'] for r in results['cells'])}."
     )
 
 
 def _columns(records: list[dict[str, Any]]) -> list[str]:
     """All but the first, means over seeds."""
-    if not records:
-        return ["not run"] * (len(COLUMNS) - 1)
     cost = [f"{np.mean([r.get(f'{name}_ratio', 1.0) for r in records]):.3f}" for name in ("macs", "params", "latency")]
     tops = [_percent([r.get(name) for r in records]) for name in ("top1_pruned", "top1")]
     minutes = f"{np.mean([r['seconds'] for r in records]) / 60:.1f}"
@@ -287,8 +300,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--checkpoint", type=Path, help="a file that nvit.load reads")
     found.add_argument("--images", type=Path, help="folder with train/CLASS/IMAGE and test/CLASS/IMAGE")
     found.add_argument("--out", type=Path, help="where everything is kept")
+    found.add_argument("--heads", type=int, help="of the checkpoint, where nothing in it tells")
     found.add_argument("--image", type=int, default=64, help="pixels")
-    found.add_argument("--epochs", type=float, default=3.0, help="of every training")
+    found.add_argument("--epochs", type=float, default=3.0, help="of every finetuning of a pruned model")
+    found.add_argument(
+        "--dense-epochs", type=float, help="of the dense model before it is pruned; as --epochs by default"
+    )
     found.add_argument("--train-images", type=int, help="so many of them; all by default")
     found.add_argument("--test-images", type=int, help="so many of them, for a rehearsal")
     found.add_argument("--batch", type=int, default=64, help="images of a training step")
@@ -312,7 +329,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that all cells under --out share. UserError when others have begun there."""
-    shared = ("image", "epochs", "train_images", "test_images", "batch")
+    shared = ("image", "epochs", "dense_epochs", "train_images", "test_images", "batch")
     settings = {"name": options.checkpoint.name, "checkpoint": fingerprint(options.checkpoint)}
     settings |= {name: getattr(options, name) for name in shared}
     settings |= {"learning_rate": LEARNING_RATE, "crop": AUGMENT.crop, "scored": SCORED}
@@ -340,6 +357,7 @@ def collect(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, and print the table."""
     options = parser().parse_args(arguments)
+    options.dense_epochs = options.dense_epochs or options.epochs
     needed = ("out",) if options.table == "" else () if options.table else ("checkpoint", "images", "out")
     for name in needed:
         if getattr(options, name) is None:

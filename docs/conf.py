@@ -19,6 +19,7 @@ extensions = [
     "command_help",
     "config_keys",
     "public_names",
+    "tests_table",
 ]
 exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -65,15 +65,17 @@ def draw(summary: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[s
     axes = left.subplots(2, 2)
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
         _widths(axis, before[key], after[key], title)
+    for axis in axes[-1]:
+        axis.set_xlabel("block")
     left.suptitle("Widths of every block", x=0.06, ha="left", fontsize=11.5, weight="bold")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     left.legend(handles, labels, loc="upper right", ncols=2, frameon=False, bbox_to_anchor=(0.985, 1.01))
     embed = f"Embed channels, which all blocks share: {before['embed']} before, {after['embed']} after"
     left.text(0.06, 0.02, embed, color=QUIET)
-    left.subplots_adjust(left=0.06, right=0.97, top=0.84, bottom=0.15, hspace=0.5, wspace=0.17)
+    left.subplots_adjust(left=0.06, right=0.97, top=0.84, bottom=0.19, hspace=0.5, wspace=0.17)
     right.suptitle(_speedup(summary), x=0.14, ha="left", fontsize=11.5, weight="bold")
     _accuracy(right.subplots(), summary)
-    right.subplots_adjust(left=0.14, right=0.96, top=0.84, bottom=0.15)
+    right.subplots_adjust(left=0.14, right=0.96, top=0.84, bottom=0.19)
     return figure
 
 
@@ -83,7 +85,7 @@ def _speedup(summary: Mapping[str, Any]) -> str:
 
 
 def _widths(axis: Any, before: Sequence[int], after: Sequence[int], title: str) -> None:
-    blocks = range(1, len(before) + 1)
+    blocks = range(len(before))  # counted as everywhere else
     axis.bar(blocks, before, color=BEFORE, width=0.82, label="before")
     axis.bar(blocks, after, color=AFTER, width=0.82, label="after")
     if len(before) <= 12:
@@ -107,7 +109,7 @@ def _accuracy(axis: Any, summary: Mapping[str, Any]) -> None:
     low, high = min(ys) - 2.2 * max(errors), max(ys) + 2.2 * max(errors)
     axis.set_xlim(0, 1.15 * max(xs))
     axis.set_ylim(low, high)
-    heights = [ys[0] + 0.07 * (high - low), *_apart(ys[1:], 0.075 * (high - low))]
+    heights = [ys[0], *_apart(ys[1:], 0.075 * (high - low))]  # the dense model stands alone
     for name, x, y, error, height in zip(points, xs, ys, errors, heights, strict=True):
         edge = QUIET if name == "dense" else AFTER
         axis.errorbar([x], [y], yerr=error, color=BEFORE, lw=1.5, zorder=1)

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.7.0"
 
 if TYPE_CHECKING:
+    from nvit_jax.api.basis import rotate as rotate
+    from nvit_jax.api.basis import to_rmsnorm as to_rmsnorm
     from nvit_jax.api.benchmark import benchmark as benchmark
     from nvit_jax.api.benchmark import measure_latency as measure_latency
     from nvit_jax.api.data import load_dataset as load_dataset
     from nvit_jax.api.evaluate import evaluate as evaluate
     from nvit_jax.api.export import export as export
+    from nvit_jax.api.export import save as save
     from nvit_jax.api.finetune import finetune as finetune
     from nvit_jax.api.models import convert as convert
     from nvit_jax.api.models import load as load
@@ -54,10 +57,11 @@ else:
         "latency.roofline": ("Roofline",),
         "latency.table": ("LatencyTable",),
         "latency.timing": ("Measurement",),
+        "api.basis": ("rotate", "to_rmsnorm"),
         "api.benchmark": ("benchmark", "measure_latency"),
         "api.data": ("load_dataset",),
         "api.evaluate": ("evaluate",),
-        "api.export": ("export",),
+        "api.export": ("export", "save"),
         "api.finetune": ("finetune",),
         "api.models": ("convert", "load", "load_classifier", "reshape"),
         "api.prune": ("prune",),
@@ -110,8 +114,11 @@ __all__ = [
     "prune",
     "rank",
     "reshape",
+    "rotate",
     "saliency",
+    "save",
     "save_model",
+    "to_rmsnorm",
 ]
 
 

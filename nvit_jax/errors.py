@@ -18,6 +18,10 @@ class UserError(ValueError):
         self.text, self.argument = text, argument
 
 
+class NotFinite(UserError, FloatingPointError):
+    """A number that is NaN or infinite, where it would be worked with. Both kinds of error, to be caught as either."""
+
+
 @contextlib.contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
     """Inside of the block errors about the arguments `names` speak of the names that they have outside."""
@@ -27,6 +31,12 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         if error.argument is None or error.argument not in names:
             raise
         raise UserError(error.text, names[error.argument]) from error.__cause__
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, of another library or the system, in one line of at most `most` characters."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:most]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ checkpoint opens on any number and kind of devices.
 """
 
 import contextlib
+import fcntl
 import fnmatch
 import json
 import logging
@@ -19,12 +20,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nvit_jax.errors import UserError
-from nvit_jax.parallel import fetch, is_main, wait_for_all
+from nvit_jax import paths
+from nvit_jax.errors import UserError, first_line
+from nvit_jax.parallel import fetch, is_main, main_decides, wait_for_all
+from nvit_jax.schema import ANYTHING, Shape
 
 Path = pathlib.Path
+JSON_BYTES = 2**28  # no file of ours comes near; a larger one would fill the memory
 # Orbax logs every save, and tracebacks of what is raised here, too; a run has its own lines.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+_FULL = ("EXHAUSTED", "No space left", "File too large", "Disk quota", "file write failed")
 
 
 @contextlib.contextmanager
@@ -32,14 +39,15 @@ def saving(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into one line; what stood at `path` before is still there."""
     try:
         yield
+    except BrokenPipeError:  # of standard output
+        raise
     except PermissionError as error:
         raise UserError(f"no permission to write {path}: {error.strerror}") from error
     except OSError as error:
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}; what was there before is intact"
-        ) from error
-    except ValueError as error:  # tensorstore reports a full disk as ValueError("RESOURCE_EXHAUSTED: ...")
-        if "EXHAUSTED" in str(error) or "No space" in str(error) or "File too large" in str(error):
+        raise UserError(f"could not write {path}: {paths.in_words(error)}; what was there before is intact") from error
+    except Exception as error:  # tensorstore, safetensors and PyTorch have errors of their own for a full disk
+        memory = "EXHAUSTED" in str(error) and not isinstance(error, ValueError)  # of a device
+        if any(words in str(error) for words in _FULL) and not (memory or isinstance(error, UserError)):
             raise UserError(f"could not write {path}: no space left; what was there before is intact") from error
         raise
 
@@ -48,6 +56,7 @@ def write_text(path: Path, text: str) -> None:
     """Write beside and rename; the main process alone does."""
     if not is_main():
         return
+    path = paths.named(path)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.tmp")
@@ -66,14 +75,51 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """UserError when the file is missing or damaged."""
+def read_json(path: Path, shape: Shape = ANYTHING, what: str = "what this program writes") -> Any:
+    """The value that a JSON file holds. UserError when it is missing, damaged, or of another shape (the key is named).
+
+    `what` the file should be, for the message.
+    """
+    if paths.kind(path) is None:
+        raise UserError(f"{path} is missing")
+    value = parse_json(paths.read(path, most=JSON_BYTES), str(path))
+    check_shape(path, value, shape, what)
+    return value
+
+
+def check_shape(path: Path | str, value: Any, shape: Shape, what: str) -> None:
+    """UserError, with the key, when what a file holds is of another shape."""
+    if (fault := shape.fault(value)) is not None:
+        raise UserError(f"{path} is not {what}: {fault.text}")
+
+
+def read_json_lines(path: Path, shape: Shape = ANYTHING) -> list[Any]:
+    """The values of a .jsonl file, one a line; none when it does not exist. UserError names a damaged line."""
+    if paths.kind(path) is None:
+        return []
+    found = []
+    for number, line in enumerate(paths.read(path, most=JSON_BYTES).splitlines(), 1):
+        value = parse_json(line, f"{path}: line {number}")
+        if (fault := shape.fault(value)) is not None:
+            raise UserError(f"{path}: line {number}: {fault.text}")
+        found.append(value)
+    return found
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """UserError, which begins with `where`, for what is no JSON, or so deep or long that no program has written it."""
+    if not content.strip():
+        raise UserError(f"{where} cannot be read: it is empty")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        return json.loads(content)
+    except RecursionError as error:
+        raise UserError(f"{where} cannot be read: it is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} cannot be read: it is no UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} cannot be read: {first_line(error)}") from error
+    except ValueError as error:  # Python reads no more than 4,300 digits
+        raise UserError(f"{where} cannot be read: a number in it has thousands of digits") from error
 
 
 @contextlib.contextmanager
@@ -84,15 +130,14 @@ def new_directory(path: Path, own: Sequence[str]) -> Iterator[Path]:
     its own and stays: it is moved into the new directory at the end. With several processes all of them enter: arrays
     are saved by all through Orbax, other files by the main one.
     """
-    path = _real(path)
+    path = _real(paths.named(path))
 
     def is_own(file: str) -> bool:
         return any(fnmatch.fnmatch(file.split("/")[0], name) for name in own)
 
     with saving(path):
         beside, old = _beside(path, "tmp"), _beside(path, "old")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; a directory is to be written there")
+        paths.for_writing(path)
         recover(path)
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +176,34 @@ def _real(path: Path) -> Path:
 
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
+
+
+@contextlib.contextmanager
+def locked(path: Path, words: str) -> Iterator[None]:
+    """path/.lock is held meanwhile, on this machine or on another that sees the file system. UserError(words) when
+    another process holds it; of the processes of one run the main one takes it."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> bool:
+            try:
+                number = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            except PermissionError:  # another user's: looking is enough to see whether it is held
+                number = os.open(path / ".lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except IsADirectoryError as error:
+                raise UserError(f"{path / '.lock'} is a directory, not a file; move it away") from error
+            except OSError as error:  # a link that leads nowhere
+                raise UserError(f"{path / '.lock'}: {paths.in_words(error)}; move it away") from error
+            file = stack.enter_context(os.fdopen(number, "rb", buffering=0))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(words) from error
+            except OSError:  # a file system without locks
+                return False
+            return True
+
+        main_decides(lock)
+        yield
 
 
 def list_files(root: Path) -> list[str]:
@@ -191,28 +264,39 @@ def save_arrays(path: Path, tree: Any) -> None:
 
 def load_arrays(path: Path) -> Any:
     """Nested dicts of NumPy arrays. UserError when they are missing or damaged."""
-    if not path.is_dir():
+    if paths.kind(path) != "a directory":
         raise UserError(f"{path} is missing")
+    for file in list_files(path):  # Orbax would wait for a pipe, and read a device for ever
+        if (found := paths.kind(path / file)) not in ("a file", "a directory", None):
+            raise UserError(f"{path} is damaged: {file} in it is {found}, not a file")
     try:
         with ocp.PyTreeCheckpointer() as loader:
-            metadata = loader.metadata(path.absolute()).item_metadata.tree
+            found = loader.metadata(path.absolute()).item_metadata
+            if found is None:
+                raise ValueError("the list of its arrays (_METADATA) is missing")
+            metadata = found.tree
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             return loader.restore(path.absolute(), restore_args=args)
     except Exception as error:  # Orbax and tensorstore raise many types for one damaged file
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def checksum(tree: Any, value: int = 0) -> int:
+    """Of the bytes of host arrays, in the order of their names, and of what `value` is the checksum of before them."""
+    for leaf in jax.tree.leaves(tree):
+        value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
+    return value
 
 
-def fingerprint(*paths: Path) -> str:
-    """Of the content of files, and of all files below directories."""
+def fingerprint(*places: Path) -> str:
+    """Of the content of files, and of all files below directories. UserError for one that cannot be read."""
     value = 0
-    for path in paths:
+    for path in places:
         for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-            with open(file, "rb") as content:
-                while part := content.read(2**24):
-                    value = zlib.crc32(part, value)
+            with paths.opened(file) as content:
+                try:
+                    while part := content.read(2**24):
+                        value = zlib.crc32(part, value)
+                except OSError as error:
+                    raise UserError(f"{file} cannot be read: {paths.in_words(error)}") from error
     return f"{value:08x}"

@@ -110,6 +110,24 @@ class Parallel:
             raise UserError('="pmap" runs on one host; use "jit" or "fsdp" on several', "parallel")
         return cls(backend, tuple(jax.devices()) if devices is None else devices)
 
+    @property
+    def seen(self) -> int:
+        """Devices over which the batch lies that a step sees; under pmap a step sees the part of one."""
+        return 1 if self.backend == "pmap" else len(self.devices)
+
+    def apart(self, tree: Any) -> Any:
+        """Inside of a step: arrays whose leading axis has one entry for each device that is `seen`, each on its own."""
+        return self._constrained(tree, PartitionSpec(AXIS))
+
+    def whole(self, tree: Any) -> Any:
+        """Inside of a step: arrays that each device has all of."""
+        return self._constrained(tree, PartitionSpec())
+
+    def _constrained(self, tree: Any, spec: PartitionSpec) -> Any:
+        if self.backend == "pmap":
+            return tree
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._sharding(spec)), tree)
+
     def check_batch(self, size: int, name: str) -> None:
         """UserError unless a global batch divides over the devices."""
         if size % len(self.devices):
@@ -143,8 +161,6 @@ class Parallel:
 
     def place(self, tree: Any) -> Any:
         """State from host values, the same on every process -> the devices."""
-        if self.backend == "pmap":
-            return tree
         return jax.tree.map(lambda x: jax.device_put(x, self._kept(np.shape(x))), tree)
 
     def compile(self, step: Callable[..., Any], *, trains: bool = False) -> Callable[..., Any]:

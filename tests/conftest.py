@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import resource
 import sys
 
 # Compiling takes most of the tests' time; a quarter less of it. With 0 programs are optimized as in a run.
@@ -27,6 +28,14 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"} | {name.upper(): str(value) 
 jax.config.update("jax_num_cpu_devices", 4)
 for name, value in CACHE.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go():
+    """Those of a file of tests, once the process is large: it would grow to 6 GB."""
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -56,17 +65,34 @@ VARIANTS = {
     "pre_logits": {"pre_logits": 7},
     "odd_image": {"image": 15, "patch": 5},
     "wide_heads": {"qk": 6, "v": 3},
+    "gated": {"gated": True, "activation": "silu"},
+    "class_mean": {"pool": "class_mean", "registers": 2},
+    "rms": {"norm": "rms", "norm_count": 9},
+    "qk_norm": {"qk_norm_count": 5},
+    "rotary": {"rotary": 4, "qk": 4, "rotary_base": 7.0, "positions": "none", "registers": 1},
+    "rotary_qk_norm": {"rotary": 4, "qk": 3, "qk_norm_count": 8, "qkv_bias": False, "image": (8, 12), "pool": "map"},
+    "clip": {"pre_norm": True, "patch_bias": False, "projection": 6, "classes": 0, "activation": "quick_gelu"},
+    "siglip": {"pool": "map", "cls_token": False, "classes": 0},
+    "map": {"pool": "map", "registers": 1, "mean_over": "all", "pool_heads": 3, "pool_width": 9, "pool_mlp": 7},
+    "max": {"pool": "max", "norm_after_pool": True},
+    "avgmax": {"pool": "avgmax", "mean_over": "all"},
+    "rectangle": {"image": (8, 12), "patch": (4, 2), "channels": 2},
 }
 
 
 def random_params(dims: ViTDims, seed: int = 0, dtype=np.float64):
     """Normal values everywhere, norms and biases included, so that no term of an equality is trivially 0."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: (0.4 * rng.standard_normal(s.shape) + 0.1).astype(dtype), vit.shapes(dims))
+    params = jax.tree.map(lambda s: (0.4 * rng.standard_normal(s.shape) + 0.1).astype(dtype), vit.shapes(dims))
+    for block in params.values():
+        if "rotary" in block:  # the numbers of pairs
+            numbers = np.zeros_like(block["rotary"]) + np.arange(block["rotary"].shape[1])
+            block["rotary"] = rng.permuted(numbers, axis=1).astype(dtype)
+    return params
 
 
 def random_images(dims: ViTDims, batch: int = 3, seed: int = 0, dtype=np.float64) -> np.ndarray:
-    shape = (batch, dims.image, dims.image, dims.channels)
+    shape = (batch, *dims.sides, dims.channels)
     return np.random.default_rng([seed, 1]).standard_normal(shape).astype(dtype)
 
 
@@ -97,11 +123,14 @@ def run_forward(dims: ViTDims, params, images, masks=None, **options):
 
 
 def random_masks(dims: ViTDims, rng: np.random.Generator, kinds=("embed", "head", "qk", "v", "mlp")) -> Units:
-    """Masks that leave a dense model: any units, but the same number of query/key (value) dims in all live heads."""
+    """Masks that leave a dense model: any units, but the same number of query/key (value) dims in all live heads.
+
+    With the kind "part" every other attention and mlp goes whole.
+    """
     masks = full_masks(dims)
 
     def some(count: int) -> np.ndarray:
-        return rng.permutation(count)[: rng.integers(1, count + 1)]
+        return rng.permutation(count)[: rng.integers(min(count, 1), count + 1)]
 
     def only(mask: np.ndarray, kept: np.ndarray) -> None:
         values = np.zeros_like(mask)
@@ -114,12 +143,15 @@ def random_masks(dims: ViTDims, rng: np.random.Generator, kinds=("embed", "head"
         if "head" in kinds:
             only(masks.head[i], some(dims.heads[i]))
         for kind, width in (("qk", dims.qk[i]), ("v", dims.v[i])):
-            if kind in kinds:
+            if kind in kinds and width:
                 count = rng.integers(1, width + 1)
                 for head in range(dims.heads[i]):
                     only(getattr(masks, kind)[i, head], rng.permutation(width)[:count])
         if "mlp" in kinds:
             only(masks.mlp[i], some(dims.mlp[i]))
+        for kind in ("head", "mlp"):
+            if "part" in kinds and rng.integers(2):
+                getattr(masks, kind)[i] = 0
     return check_masks(masks, dims)
 
 

@@ -108,6 +108,74 @@ class TorchvisionViT(nn.Module):
         return self.heads(self.encoder.ln(self.encoder.layers(x))[:, 0])
 
 
+# ---------------------------------------------------------------------------------- OpenAI's CLIP, open_clip
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Gains(nn.Module):
+    """LayerScale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ClipBlock(nn.Module):
+    """OpenAI's ResidualAttentionBlock on nn.MultiheadAttention; LayerScale is open_clip's."""
+
+    def __init__(self, width: int, heads: int, hidden: int, act, eps: float, *, gains: bool) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential()
+        for name, layer in (("c_fc", nn.Linear(width, hidden)), ("gelu", act), ("c_proj", nn.Linear(hidden, width))):
+            self.mlp.add_module(name, layer)
+        self.ls_1, self.ls_2 = (Gains(width), Gains(width)) if gains else (nn.Identity(), nn.Identity())
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.ls_1(self.attn(y, y, y, need_weights=False)[0])
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+class ClipTower(nn.Module):
+    """The image tower of OpenAI's CLIP, small, with what open_clip adds."""
+
+    def __init__(
+        self, act=None, eps=1e-5, *, image=(16, 16), patch=4, pre=True, gains=False, mean=False, norm_behind=False
+    ):
+        super().__init__()
+        width, heads, hidden = (SIZES[name] for name in ("embed", "heads", "mlp"))
+        self.mean, self.norm_behind = mean, norm_behind
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        count = 1 + (image[0] // patch) * (image[1] // patch)
+        self.positional_embedding = nn.Parameter(torch.zeros(count, width))
+        self.ln_pre = nn.LayerNorm(width, eps=eps) if pre else nn.Identity()
+        self.transformer = nn.Module()
+        blocks = [ClipBlock(width, heads, hidden, act or QuickGELU(), eps, gains=gains) for _ in range(SIZES["depth"])]
+        self.transformer.resblocks = nn.ModuleList(blocks)
+        self.ln_post = nn.LayerNorm(width, eps=eps)
+        self.proj = nn.Parameter(torch.zeros(width, 10))
+
+    def forward(self, images):
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        x = x if self.norm_behind else self.ln_post(x)
+        x = x[:, 1:].mean(1) if self.mean else x[:, 0]
+        return (self.ln_post(x) if self.norm_behind else x) @ self.proj
+
+
 # -------------------------------------------------------------------------------- released NViT's layouts
 
 

@@ -7,8 +7,8 @@ import pathlib
 import nvit_jax
 
 PACKAGE = pathlib.Path(nvit_jax.__file__).parent
-# A module imports from its own wing and from those before it. The ground, three files, is open to everybody.
-GROUND = ("errors", "parallel", "files")
+# A module imports from its own wing and from those before it. The ground, five files, is open to everybody.
+GROUND = ("errors", "paths", "schema", "parallel", "files")
 WINGS = ("model", "training", "data", "latency", "pruning", "formats", "api", "run")
 
 

@@ -1,5 +1,6 @@
 """1 device, 4 devices under jit and 4 under pmap give the same numbers."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -164,13 +165,87 @@ def test_a_batch_in_parts_is_the_large_batch(setup):
 
     def run(p: Parallel, **options):
         step = distill.make_train_step(
-            DIMS, optimizer, MIX, teacher_dims=DIMS, drop_path=0.3, dropout=0.2, ema_decay=0.9, **options
+            DIMS,
+            optimizer,
+            MIX,
+            teacher_dims=DIMS,
+            drop_path=0.3,
+            dropout=0.2,
+            ema_decay=0.9,
+            parallel=p,
+            **options,
         )
         state = p.place(distill.new_state(params, optimizer, 5, ema=True))
         state, metrics = p.compile(step, trains=True)(distill.Inputs(state, p.place(teacher)), p.shard(given))
         return state.params, state.average, state.opt_state, metrics
 
     close(run(parallel(*SETUPS[setup]), accumulate=4, remat=True), run(parallel()))
+
+
+def sums_inside_of_loops(text: str) -> tuple[list[str], list[str]]:
+    """Of a compiled program: its sums over devices that lie in a loop, and all others."""
+    bodies: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{"):
+            current = bodies.setdefault(line.removeprefix("ENTRY ").split()[0].lstrip("%"), [])
+        elif bodies:
+            current.append(line)
+    looped: set[str] = set()
+    open_ends = re.findall(r"body=%?([\w.\-]+)", text)
+    while open_ends:
+        if (name := open_ends.pop()) in bodies and name not in looped:
+            looped.add(name)
+            open_ends += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(bodies[name]))
+    found: tuple[list[str], list[str]] = ([], [])
+    for name, lines in bodies.items():
+        found[name not in looped].extend(x for x in lines if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", x))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["jit", "fsdp"])
+def test_parts_of_a_batch_exchange_gradients_once(backend):
+    """After the loop over the parts. Unrolled blocks, so that it is the only loop."""
+    import optax
+
+    dims, optimizer = small_dims(mlp=16, depth=1), optax.sgd(1e-2)
+    p, params = parallel(backend, 4), random_params(dims, 0, np.float32)
+    step = distill.make_train_step(dims, optimizer, Objective(), accumulate=4, parallel=p)
+    state = p.place(distill.new_state(params, optimizer, 5))
+    given = batch(16) | {"image": random_images(dims, 16, dtype=np.float32)}
+    compiled = p.compile(step, trains=True).lower(distill.Inputs(state, None), p.shard(given)).compile()
+    inside, after = sums_inside_of_loops(compiled.as_text())
+    assert not inside and after
+
+
+@pytest.mark.parametrize("widths", [(12, 12, 12), (12, 9, 5)])
+def test_ragged_blocks_are_computed_again_too(widths):
+    """What pruning makes is unrolled: `remat` wraps each block of it, as it wraps the scanned one."""
+    dims = dataclasses.replace(small_dims(depth=3), mlp=widths)
+    params, images = random_params(dims, 0, np.float32), random_images(dims, 64, dtype=np.float32)
+
+    def kept(remat):
+        """Numbers that the forward pass leaves for the backward pass."""
+
+        def backward(params):
+            return jax.vjp(lambda p: vit.forward(dims, p, images, remat=remat).sum(), params)[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, params)))
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_pmap_keeps_state_and_teachers_on_the_devices():
+    """Only the batch comes from the host in a step."""
+    import optax
+
+    optimizer = optax.sgd(1e-2)
+    p, params = parallel("pmap", 4), random_params(DIMS, 0, np.float32)
+    step = p.compile(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS), trains=True)
+    state, teacher = p.place(distill.new_state(params, optimizer, 5)), p.place(params)
+    given = jax.device_put(p.shard(batch(16)), p._sharding(jax.sharding.PartitionSpec("data")))
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, _ = step(distill.Inputs(state, teacher), given)
 
 
 @pytest.mark.parametrize("backend", ["jit", "fsdp"])

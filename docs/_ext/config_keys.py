@@ -25,9 +25,9 @@ def _markdown(section: Section) -> list[str]:
     lines = [f"## {title}", ""]
     if section.description:
         lines += [_safe(section.description), ""]
-    lines += ["| key | default | meaning |", "|---|---|---|"]
+    lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
     for key in section.keys:
-        cells = (f"`{key.name}`", f"`{key.default}`", _safe(key.description))
+        cells = (f"`{key.name}`", f"`{key.default}`", _safe(key.values), _safe(key.description))
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return [*lines, ""]
 

@@ -12,16 +12,19 @@ from typing import Any
 from comments import Comments
 
 from nvit_jax.run import config
+from nvit_jax.run.shapes import SHAPES
+from nvit_jax.run.validation import TOGETHER
 
 _HELPER = "_training"  # the function that makes the sections pretrain and finetune
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key: its default as one types it, and what the comments say."""
+    """One key: its default as one types it, what it may hold, and what the comments say."""
 
     name: str
     default: str
+    values: str
     description: str
 
 
@@ -99,8 +102,14 @@ def sections() -> list[Section]:
     values = config.flatten_config(config.default_config())
     for name in sorted(values, key=lambda key: reader.order.get(key, reader.order.get(key.rpartition(".")[0], 0))):
         group = name.partition(".")[0] if "." in name else ""
-        found.setdefault(group, []).append(Key(name, _default(name, values[name], reader), _description(name, reader)))
+        found.setdefault(group, []).append(_key(name, values[name], reader))
     return [Section(name, reader.notes.get(name, ""), keys) for name, keys in found.items()]
+
+
+def _key(name: str, value: Any, reader: _Reader) -> Key:
+    together = [f"{rule.words}" for rule in TOGETHER if rule.key == name]
+    described = "; ".join(filter(None, [_description(name, reader), *together]))
+    return Key(name, _default(name, value, reader), SHAPES[name].words, described)
 
 
 def _default(name: str, value: Any, reader: _Reader) -> str:

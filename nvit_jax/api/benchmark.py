@@ -29,9 +29,14 @@ def benchmark(
         >>> nvit.benchmark([model, small], batch=32)
         [{'ms': 41.2, 'spread': 0.01, 'ratio': 1.0}, {'ms': 22.9, 'spread': 0.02, 'ratio': 0.56}]
     """
+    if not isinstance(models, Model | Sequence):
+        raise UserError(f" is a {type(models).__name__}; give a Model, or several", "models")
     several = [models] if isinstance(models, Model) else list(models)
     if not several:
         raise UserError(": there are none", "models")
+    for number, one in enumerate(several):
+        if not isinstance(one, Model | ViTDims):
+            raise UserError(f"[{number}] is a {type(one).__name__}; it must be a Model, or dims", "models")
     dims = [one.compact().dims if isinstance(one, Model) else one for one in several]
     found = timing.measure(dims, Measurement(batch=batch, dtype=dtype, repeats=repeats))
     return [{"ms": one.ms, "spread": one.spread, "ratio": one.ms / found[0].ms} for one in found]

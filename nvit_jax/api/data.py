@@ -1,5 +1,6 @@
 """load_dataset: images and labels by name."""
 
+import logging
 import re
 
 from nvit_jax.api.arguments import checked
@@ -7,6 +8,8 @@ from nvit_jax.data import datasets
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import UserError
 from nvit_jax.model.preprocessing import Preprocessing
+
+_log = logging.getLogger("nvit_jax")
 
 
 @checked
@@ -26,18 +29,27 @@ def load_dataset(
       path: the .npz file; the folder of train/ and val/; the data_dir of tensorflow-datasets.
       train, val: folders of CLASS/IMAGE, in the place of path/train and path/val; splits of a tensorflow-datasets set,
         such as "train[:98%]".
-      classes: a file that names one class folder a line, in the order of the model's labels; without it the folders of
-        train are counted in alphabetical order.
-      holdout: this part of the train folder, chosen by hash of the file name, is val.
+      classes: a file that names one class folder a line, in the order of the model's labels; without it a model that
+        knows its classes finds them by their names, and else the folders of train are counted in alphabetical order.
+      holdout: this part of train, chosen by a hash of each example's path within the set, is val.
       preprocessing: of image files; a model's own is `model.preprocessing`. The default is DeiT's at 224 pixels.
 
+    Images that lie in a folder itself, without folders of classes, have no labels; for a model without a classifier.
     `.split("train")`, "val" and "test" are what other functions take as batches. Raises UserError for an unknown name,
-    data that cannot be read, an empty split or a single class.
+    data that cannot be read and an empty split.
     """
     try:
-        return datasets.load_dataset(
+        data = datasets.load_dataset(
             name, path, train=train, val=val, classes=classes, holdout=holdout, preprocessing=preprocessing
         )
     except UserError as error:  # below, it is config keys that are spoken of
-        text = re.sub(r"(--)?(config\.)?\bdata\.(name|path|train|val|classes|holdout)\b", r"\3", str(error))
-        raise UserError(text) from error
+        raise UserError(_in_arguments(str(error))) from error
+    for note in data.notes:
+        _log.warning(_in_arguments(note))
+    if data.overlap:
+        _log.warning("%s images of val are in train, too: accuracies will be too high", data.overlap)
+    return data
+
+
+def _in_arguments(text: str) -> str:
+    return re.sub(r"(--)?(config\.)?\bdata\.(name|path|train|val|classes|holdout)\b", r"\3", text)

@@ -9,21 +9,25 @@ from typing import Any
 import optax
 
 from nvit_jax.api.arguments import checked, only_recipe
-from nvit_jax.api.evaluate import evaluator
+from nvit_jax.api.evaluate import check_reference, evaluator
 from nvit_jax.api.recipe import Loss, Recipe
 from nvit_jax.api.recording import open_monitor
-from nvit_jax.api.trainer import Trainer, cost, trained
+from nvit_jax.api.trainer import Trainer, check_objective, cost, trained
 from nvit_jax.data.augmentation import Augment
 from nvit_jax.data.feed import Feed, make_feed
 from nvit_jax.errors import UserError
 from nvit_jax.files import read_json, recover
 from nvit_jax.model.dims import count_params
-from nvit_jax.model.directory import Model, load_model, save_model
+from nvit_jax.model.directory import Model, check_weights, load_model, save_model
 from nvit_jax.model.groups import Params
+from nvit_jax.model.sizes import words
 from nvit_jax.parallel import fetch, wait_for_all
+from nvit_jax.paths import named
 from nvit_jax.pruning import sparsity
+from nvit_jax.schema import Number, Record
 from nvit_jax.training import distill
-from nvit_jax.training.losses import Objective
+from nvit_jax.training.losses import FEATURES, Objective
+from nvit_jax.training.measures import watched
 from nvit_jax.training.monitor import Monitor, Recorder
 
 _IN_RECIPE = (
@@ -68,13 +72,15 @@ def finetune(
     Args:
       batches: images and labels; see the guide for what may be given.
       teacher: the model that this one was pruned from. The loss is then cross-entropy with the labels plus the KL
-        divergence from the teacher's answers at temperature 2, weighted 2^2 (Hinton et al. 2015).
+        divergence from the teacher's answers at temperature 2, weighted 2^2 (Hinton et al. 2015). A model without a
+        classifier learns the teacher's features (`feature_distance`), and needs no labels.
       batch: images of a step (default 64), where `batches` are no batches yet.
       loss: your own, (logits [B, C], batch) -> [B], in the place of the cross-entropy.
       optimizer: any optax transformation, in the place of AdamW with a cosine schedule.
       ema: decay of averaged weights; the average becomes the model.
       evaluate_on: images and labels that accuracy is measured on, every `evaluate_every` steps (default 100) and at the
-        end; `keep="best"` returns the evaluated model with the highest top-1.
+        end; `keep="best"` returns the evaluated model with the highest top-1. Without a classifier it is the cosine
+        similarity to the teacher's features.
       recipe: everything, where the arguments above do not say enough; then those that it has must be left out.
       directory: where logs, states and the model are saved, and from where a stopped run resumes. Without it nothing
         touches the disk.
@@ -87,7 +93,9 @@ def finetune(
         only_recipe(finetune, _IN_RECIPE, given)
     else:
         objective = Objective(own=loss)
-        if teacher is not None:
+        if teacher is not None and not model.dims.classes:
+            objective = FEATURES if loss is None else dataclasses.replace(objective, feature_weight=1.0)
+        elif teacher is not None:
             objective = dataclasses.replace(objective, kl_weight=4.0 * model.dims.classes, tau=2.0, kl_per_head=True)
         recipe = Recipe(
             epochs=epochs,
@@ -102,7 +110,7 @@ def finetune(
             seed=seed,
         )
     with open_monitor(progress, directory, "finetune", callback, (model, recipe, teacher)) as monitor:
-        done = None if directory is None else Path(directory) / "model"
+        done = None if directory is None else named(directory) / "model"
         if done is not None and done.exists():
             monitor.say(f"finished before: {done}")
             return load_model(done)
@@ -118,10 +126,16 @@ def fit_model(
     """`finetune`, with everything in a recipe and a monitor."""
     model = model.compact()
     check_training(model, recipe, teacher, evaluate_on)
-    feed = make_feed(batches, model.dims, model.preprocessing)
-    held = None if evaluate_on is None else make_feed(evaluate_on, model.dims, model.preprocessing, split="val")
-    teacher = teacher.compact() if teacher and recipe.objective.needs_teacher else None
-    run = _Run(Trainer(model.dims, feed, recipe, teacher, monitor), held)
+    for name, one in (("model", model), ("teacher", teacher)):
+        if one is not None:
+            check_weights(one.params, name)
+    feed = make_feed(batches, model.dims, model.preprocessing, classes=model.classes)
+    held = None
+    if evaluate_on is not None:
+        held = make_feed(evaluate_on, model.dims, model.preprocessing, split="val", classes=model.classes)
+    reference = teacher.compact() if teacher else None
+    teacher = reference if recipe.objective.needs_teacher else None
+    run = _Run(Trainer(model.dims, feed, recipe, teacher, monitor), held, reference)
     params, facts = run.fit(model.params)
     info = dict(model.info)
     if info.get("preprocessing") is None and getattr(feed, "preprocessing", None) is not None:
@@ -135,14 +149,20 @@ def fit_model(
 
 def check_training(model: Model, recipe: Recipe, teacher: Model | None, evaluate_on: Any) -> None:
     """UserError when these do not go together."""
-    if not model.dims.classes and recipe.objective.own is None:
-        raise UserError(" has no classifier, and no loss of your own is given", "model")
+    if not model.dims.classes and teacher is None and recipe.objective.own is None:
+        text = " has no classifier: it learns the features of a teacher, the unpruned model, or by a loss of your own"
+        raise UserError(text, "model")
+    check_objective(recipe.objective, model.dims, "objective")
+    if not model.dims.classes and teacher is None and evaluate_on is not None:
+        raise UserError(" needs a teacher: features are compared with those of the unpruned model", "evaluate_on")
     if recipe.objective.needs_teacher and teacher is None:
-        raise UserError(" is needed: the objective has a kl_weight", "teacher")
+        raise UserError(" is needed: the objective has a kl_weight or a feature_weight", "teacher")
+    if teacher is not None and not model.dims.classes:
+        check_reference(teacher, model.dims, "teacher")
     if teacher is not None and (teacher.dims.classes, teacher.dims.image) != (model.dims.classes, model.dims.image):
         raise UserError(
-            f" tells {teacher.dims.classes} classes at {teacher.dims.image} pixels, the model {model.dims.classes} at "
-            f"{model.dims.image}",
+            f" tells {teacher.dims.classes} classes at {words(teacher.dims.image)} pixels, the model "
+            f"{model.dims.classes} at {words(model.dims.image)}",
             "teacher",
         )
     if bool(recipe.objective.teacher_alpha) != (recipe.label_teacher is not None):
@@ -154,21 +174,22 @@ def check_training(model: Model, recipe: Recipe, teacher: Model | None, evaluate
 class _Run:
     """One training from its first step, or from the newest saved state, to its last."""
 
-    def __init__(self, trainer: Trainer, held: Feed | None) -> None:
+    def __init__(self, trainer: Trainer, held: Feed | None, reference: Model | None) -> None:
         self.trainer, self.recipe, self.monitor = trainer, trainer.recipe, trainer.monitor
         self.per_epoch = trainer.feed.steps(trainer.batch)
         self.steps = round(self.recipe.epochs * self.per_epoch)
+        if not self.per_epoch and (images := trainer.feed.images()) is not None:
+            raise UserError(f"={trainer.batch}: there are {images} images", "batch")
         if not self.steps:
             have = f"{self.per_epoch} batches of {trainer.batch} images are an epoch"
             raise UserError(f"={self.recipe.epochs:g} is not one step ({have})", "epochs")
         self.schedule = self.recipe.schedule(trainer.batch, self.steps, self.per_epoch)
         self.optimizer = self.recipe.make_optimizer(self.schedule)
         r = self.recipe
-        self.val = None
+        self.val, self.measure = None, watched(trainer.dims)
         if held is not None:
-            self.val = evaluator(
-                trainer.dims, held, trainer.parallel, 4 * trainer.batch, r.compute_dtype, self.monitor, shown=False
-            )
+            how = trainer.parallel, 4 * trainer.batch, r.compute_dtype, self.monitor
+            self.val = evaluator(trainer.dims, held, *how, reference=reference, shown=False)
         place = self.monitor.path / "best" if isinstance(self.monitor, Recorder) else None
         self.best = Best(trainer, place) if r.keep == "best" else None
 
@@ -194,14 +215,14 @@ class _Run:
             )
         facts = cost(monitor, began, (self.steps - first) * trainer.batch)
         found, step = self.best.read() if self.best else (fetch(trained(state)), self.steps)
-        top1 = self.val(found, None)["top1"] if self.val else None
-        return found, {"steps": self.steps, "step": step, "val_top1": top1} | facts
+        value = self.val(found, None)[self.measure.key] if self.val else None
+        return found, {"steps": self.steps, "step": step, f"val_{self.measure.key}": value} | facts
 
     def _check(self, state: distill.TrainState) -> dict[str, Any]:
         assert self.val is not None
         found = self.val(trained(state), None)
         if self.best:
-            self.best.offer(found["top1"], int(state.step), trained(state))
+            self.best.offer(found[self.measure.key], int(state.step), trained(state))
         return found
 
     def _begin_or_resume(self, params: Params) -> distill.TrainState:
@@ -219,7 +240,8 @@ class _Run:
             count = sparsity.count_nonzero(state.params)
             text = f"{sparsity.PATTERN} by {sparse}: {count:,} of {count_params(self.trainer.dims):,} parameters stay"
             if self.val is not None:
-                text += f", val top-1 {self.val(state.params, None)['top1']:.1%} before training"
+                value = self.measure.form.format(self.val(state.params, None)[self.measure.key])
+                text += f", val {self.measure.title} {value} before training"
             self.monitor.say(text)
         return state
 
@@ -233,29 +255,31 @@ class _Run:
 
 
 class Best:
-    """The evaluated model with the highest top-1 of a training, the earliest of equals; at `place` where there is one.
+    """The evaluated model of the highest measure of a training, the earliest of equals; at `place` where there is one.
 
     There it outlives a kill. A later model that a killed run has left comes again when the run is resumed.
     """
 
     def __init__(self, trainer: Trainer, place: Path | None) -> None:
-        self._dims, self._place, self.top1 = trainer.dims, place, -1.0
+        self._dims, self._place, self.value = trainer.dims, place, -2.0  # less than any
+        self._key = f"val_{watched(trainer.dims).key}"
         self._kept: tuple[Params, int] | None = None
         if place is not None:
             recover(place)
             wait_for_all(f"recover {place}")
             if place.is_dir():
-                self.top1 = read_json(place / "model.json")["provenance"]["val_top1"]
+                shape = Record({"provenance": Record({self._key: Number(-1, 1)})})
+                self.value = read_json(place / "model.json", shape)["provenance"][self._key]
 
-    def offer(self, top1: float, step: int, params: Params) -> None:
+    def offer(self, value: float, step: int, params: Params) -> None:
         """Keep it if it is better."""
-        if top1 <= self.top1:
+        if value <= self.value:
             return
-        self.top1 = top1
+        self.value = value
         if self._place is None:
             self._kept = fetch(params), step
         else:
-            facts = {"provenance": {"val_top1": top1, "step": step}}
+            facts = {"provenance": {self._key: value, "step": step}}
             save_model(self._place, Model(self._dims, fetch(params), info=facts))
 
     def read(self) -> tuple[Params, int]:

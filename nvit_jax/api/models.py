@@ -13,6 +13,8 @@ from nvit_jax.model.directory import Model
 from nvit_jax.model.directory import load_classifier as load_directory
 from nvit_jax.model.masks import check_masks
 from nvit_jax.model.regnet import RegNet
+from nvit_jax.model.sizes import Size
+from nvit_jax.paths import named
 
 
 @checked
@@ -20,21 +22,21 @@ def load(
     path: str | Path,
     *,
     variant: str | None = None,
-    image: int | None = None,
+    image: Size | None = None,
     classes: int | None = None,
     heads: int | None = None,
     entry: str | None = None,
 ) -> Model:
     """A Vision Transformer from a model directory, a checkpoint file, or a Hugging Face snapshot folder.
 
-    A checkpoint (.pth, .pt, .bin, .safetensors, .npz) is converted in memory; nothing is written.
+    A checkpoint (.pth, .pt, .bin, .ckpt, .safetensors, .npz) is converted in memory; nothing is written.
 
     Args:
       variant: a published model that it must be, such as "deit_small": publishers normalise pixels differently.
-      image: interpolate the position embeddings to another image size.
-      classes: put a new classifier of zeros there, to be trained.
-      heads: heads of a block, for unpublished sizes.
-      entry: the part of a .pth file, such as "model" or "model_ema" (the default where it exists).
+      image: interpolate the position embeddings to another image size: one side, or (height, width).
+      classes: put a new classifier of zeros there, to be trained; 0: leave the classifier out, features come out.
+      heads: heads of a block, where neither a config.json beside the file nor its published widths tell.
+      entry: the part of a .pth file, such as "model" or "model_ema" (the default where it exists), or a prefix.
 
     Raises UserError for what is missing, damaged, or no plain Vision Transformer.
 
@@ -52,13 +54,13 @@ def load_classifier(
     path: str | Path,
     *,
     variant: str | None = None,
-    image: int | None = None,
+    image: Size | None = None,
     classes: int | None = None,
     heads: int | None = None,
     entry: str | None = None,
 ) -> Model | RegNet:
     """As `load`, and CNN teachers (RegNetY), too."""
-    place, options = Path(path), Options(variant, image, heads, classes, entry)
+    place, options = named(path), Options(variant, image, heads, classes, entry)
     if place.is_dir() and (place / "model.json").exists():
         if given := [name for name, value in options._asdict().items() if value is not None]:
             raise UserError(f" is for checkpoints; {place} is a model directory", given[0])
@@ -76,7 +78,7 @@ def convert(
     overwrite: bool = False,
     verify: bool = False,
     variant: str | None = None,
-    image: int | None = None,
+    image: Size | None = None,
     classes: int | None = None,
     heads: int | None = None,
     entry: str | None = None,
@@ -87,7 +89,7 @@ def convert(
     A model directory that is there is replaced only with `overwrite`. `verify` runs PyTorch on the file's own tensors
     and JAX on the directory just written, on the same images. `say` takes each line of what was found.
     """
-    options, path = Options(variant, image, heads, classes, entry), Path(checkpoint)
+    options, path = Options(variant, image, heads, classes, entry), named(checkpoint)
     if path.is_dir():
         path = find_weights(path)
     return convert_checkpoint(path, directory, options, overwrite=overwrite, verify=verify, say=say).model

@@ -21,14 +21,14 @@ from nvit_jax.api.targets import (
     usual_criterion,
 )
 from nvit_jax.data.feed import make_feed
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, renamed
 from nvit_jax.latency.timing import Measurement
-from nvit_jax.model.dims import KINDS
+from nvit_jax.model.dims import KINDS, ViTDims
 from nvit_jax.model.directory import Model
 from nvit_jax.pruning.loop import Plan, Pruning
 from nvit_jax.pruning.rules import ranker
 from nvit_jax.pruning.scoring import Scoring
-from nvit_jax.training.losses import Objective
+from nvit_jax.training.losses import FEATURES, Objective
 from nvit_jax.training.monitor import Monitor
 
 
@@ -84,7 +84,8 @@ def prune(
       loss: your own, (logits [B, C], batch) -> [B]. It is a function of the logits and not of the parameters: the
         library makes the masked forward pass itself, since a loss that forgot the masks would score every unit 0.
       kinds, protect, profile, floors: which kinds of units may go, blocks that stay whole, the sizes of the groups that
-        go together ("cpu", "gpu", "tpu", "nvit"), and the units that stay at least, such as {"mlp": 64}.
+        go together ("cpu", "gpu", "tpu", "nvit"), and the units that stay at least, such as {"mlp": 64}. With 0 for
+        "head" or "mlp" a block may lose its attention or its mlp whole.
       latency_table: a `nvit.LatencyTable`, `nvit.Roofline`, the path of a table, or a function from ViTDims to
         milliseconds. Where a latency is asked for and none is given, this device is measured first: minutes.
       training: how weights train between prunings (gradual, iterative).
@@ -106,16 +107,19 @@ def prune(
     plan = method if isinstance(method, Plan) else Plan(method=method)
     if criterion is None:
         criterion = usual_criterion(plan.method)
-    scoring = scoring_of(criterion, loss, batch)
-    choice = choice_of(prune, rule, kinds, protect, profile, floors).usual(scoring.criterion)
-    check_method(plan, scoring, choice, compensate)
-    recipe = _recipe(training, model, loss, seed)
     check_images(images)
     model = model.compact()
-    feed = make_feed(batches, model.dims, model.preprocessing)
-    held = None if evaluate_on is None else make_feed(evaluate_on, model.dims, model.preprocessing, split="val")
-    if isinstance(measure, int):
-        measure = Measurement(batch=measure)
+    scoring = scoring_of(criterion, loss, batch).for_model(model.dims)
+    choice = choice_of(prune, rule, kinds, protect, profile, floors).usual(scoring.criterion, model.dims)
+    check_method(plan, scoring, choice, compensate, model.dims)
+    recipe = _recipe(training, model, loss, seed)
+    feed = make_feed(batches, model.dims, model.preprocessing, classes=model.classes)
+    held = None
+    if evaluate_on is not None:
+        held = make_feed(evaluate_on, model.dims, model.preprocessing, split="val", classes=model.classes)
+    if measure is not None and not isinstance(measure, Measurement):
+        with renamed({"batch": "measure"}):
+            measure = Measurement(batch=measure)
 
     def measured() -> Any:
         check_without_latency(limits, choice, plan, model.dims)
@@ -140,6 +144,7 @@ def prune(
         compensate=not plan.trains if compensate is None else compensate,
         snapshots=others,
         may_go=policy.may_go,
+        whole=policy.whole,
     )
     with open_monitor(progress, directory, "prune", None, (model, limits, plan, choice, scoring, recipe)) as monitor:
         found = Pruner(model, feed, held, setup, monitor).run(callback)
@@ -163,8 +168,15 @@ def family(limits: Limits, ratios: Sequence[float], plan: Plan) -> dict[float, L
     return {float(ratio): Limits(**{"latency" if name == "ms" else name: float(ratio)}) for ratio in ratios}
 
 
-def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool | None) -> None:
+def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool | None, dims: ViTDims) -> None:
     """UserError for a method that cannot do what is asked for."""
+    if dims.gives_channels and scoring.usual_loss != "own":
+        if "embed" in (choice.kinds or ()):
+            text = ": embed channels are the features of a model without a classifier, and stay; leave out embed"
+            raise UserError(text, "kinds")
+        if choice.rule == "nvit":
+            text = '="nvit" removes embed channels, too, which are the features of a model without a classifier'
+            raise UserError(f'{text}; take "per_cost"', "rule")
     if plan.trains and compensate:
         raise UserError('=True goes with method="one_shot"; otherwise training makes good for what goes', "compensate")
     name = scoring.criterion
@@ -173,7 +185,7 @@ def check_method(plan: Plan, scoring: Scoring, choice: Choice, compensate: bool 
     if plan.trains:
         raise UserError(f'="{name}" goes with method="one_shot"; "fisher" goes with every method', "criterion")
     if scoring.usual_loss == "mix":
-        raise UserError(f'="{name}" takes the losses drawn, labels and own', "criterion")
+        raise UserError(f'="{name}" takes the losses drawn, labels, features and own', "criterion")
     if name == "obs" and "embed" in (choice.kinds or ()):
         raise UserError(f': "obs" has no scores for embed, only for {", ".join(KINDS[1:])}', "kinds")
 
@@ -190,11 +202,13 @@ def scoring_of(criterion: str | Scoring, loss: Loss | None, batch: int | None) -
 
 
 def _recipe(training: Recipe | None, model: Model, loss: Loss | None, seed: int) -> Recipe:
-    """Between prunings the weights learn from labels and from the unpruned model."""
+    """Between prunings weights learn from labels and from the unpruned model; without a classifier from it alone."""
     if training is not None:
         if loss is not None and training.objective.own is None:
             objective = dataclasses.replace(training.objective, own=loss)
             return dataclasses.replace(training, objective=objective)
         return training
     objective = Objective(own=loss, kl_weight=4.0 * model.dims.classes, tau=2.0)
+    if not model.dims.classes and loss is None:
+        objective = FEATURES
     return Recipe(learning_rate=1e-4, objective=objective, seed=seed, stream=2)

@@ -12,16 +12,17 @@ import numpy as np
 
 from nvit_jax.api.evaluate import evaluator
 from nvit_jax.api.recipe import Recipe
-from nvit_jax.api.trainer import Trainer, peak_memory, usual_batch
+from nvit_jax.api.trainer import Trainer, check_objective, peak_memory, usual_batch
 from nvit_jax.data.feed import Draws, Feed, Reader
 from nvit_jax.errors import UserError
 from nvit_jax.latency import timing
 from nvit_jax.latency.sources import Milliseconds, source
+from nvit_jax.latency.table import SHARED, LatencyTable
 from nvit_jax.latency.timing import Measurement
 from nvit_jax.model import vit
-from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params
-from nvit_jax.model.directory import Model
-from nvit_jax.model.masks import full_masks, to_numpy
+from nvit_jax.model.dims import KINDS, Units, ViTDims, count_macs, count_params
+from nvit_jax.model.directory import Model, check_weights
+from nvit_jax.model.masks import full_masks, kept_dims, normalize, to_numpy
 from nvit_jax.model.preprocessing import normalise
 from nvit_jax.parallel import check_same, fetch
 from nvit_jax.pruning import saliency, scoring
@@ -36,6 +37,7 @@ from nvit_jax.training.losses import Objective, objective_loss
 from nvit_jax.training.monitor import Monitor, Recorder, read_lines
 from nvit_jax.training.optim import zero_removed
 
+_WIDTHS = {"head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
 _COMPARED = 64  # images that the masked and the compact model are compared on
 
 
@@ -54,6 +56,7 @@ class Setup:
     compensate: bool = False  # one_shot: the weights that stay make good for what goes
     snapshots: Mapping[float, Ranker] = dataclasses.field(default_factory=dict)  # one_shot: other sizes as well
     may_go: Callable[[str, int], bool] = lambda kind, block: True  # fisher_set: what sets are made of
+    whole: Callable[[str, int], bool] = lambda kind, block: False  # which parts may go: see ranking.Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Pruner:
         self.model, self.dims, self.setup, self.monitor = model, model.dims, setup, monitor
         self.feed, self.held = feed, held
         _check(setup, model)
+        check_weights(model.params, "model")
         self.trainer = Trainer(model.dims, feed, setup.recipe, model, monitor)
         self.masks = full_masks(model.dims)
         recipe = setup.recipe
@@ -97,7 +101,14 @@ class Pruner:
         if held is not None:
             batch = 4 * self.trainer.batch
             self._evaluate = evaluator(
-                self.dims, held, self.trainer.parallel, batch, recipe.compute_dtype, monitor, shown=False
+                self.dims,
+                held,
+                self.trainer.parallel,
+                batch,
+                recipe.compute_dtype,
+                monitor,
+                reference=model,
+                shown=False,
             )
 
     def _phase(self, *, first: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -139,11 +150,25 @@ class Pruner:
             self._from_batches.close()
 
     def score(self, state: distill.TrainState, pruning: int) -> Units:
+        found = self._scored(state, pruning)
+        saliency.check_telling(found, self._may_go(normalize(to_numpy(fetch(state.masks)))), self.model.params)
+        return found
+
+    def _may_go(self, masks: Units) -> Units:
+        """1 for the units that may go. The only one of a block may not, and some criteria give it no score."""
+        now, live = kept_dims(masks, self.dims), []
+        for kind, mask in zip(KINDS, masks, strict=True):
+            widths = (now.embed,) if kind == "embed" else getattr(now, _WIDTHS[kind])
+            goes = [width > 1 and self.setup.may_go(kind, i) for i, width in enumerate(widths)]
+            live.append(mask * np.reshape(goes, (-1,) + (1,) * (mask.ndim - 1)))
+        return Units(*live)
+
+    def _scored(self, state: distill.TrainState, pruning: int) -> Units:
         plan = self.setup.plan
         if self.setup.scoring.criterion == "obs":
-            return self._one_shot.score()
+            return self._one_shot.score(self.setup.whole)
         if self.setup.scoring.criterion == "fisher_set":
-            scores, found = self._one_shot.score_sets(self.setup.may_go)
+            scores, found = self._one_shot.score_sets(self.setup.may_go, self.setup.whole)
             self._facts |= found
             return scores
         if self.setup.scoring.from_training:
@@ -163,7 +188,8 @@ class Pruner:
         images = calibration_images(self.feed, limit, chosen.batch, seed, self.monitor, labels=labels)
         objective = Objective(own=setup.recipe.objective.own) if chosen.usual_loss == "own" else Objective()
         loss = (lambda logits, batch: objective_loss(objective, logits, batch)[0]) if given else None
-        walk = Walk(self.dims, images, self.feed.normalise)
+        features = not self.dims.classes or chosen.usual_loss == "features"
+        walk = Walk(self.dims, images, self.feed.normalise, features=features)
         return OneShot(walk, fetch(self.model.params), setup.recipe.seed, loss, self.monitor)
 
     def remove(self, state: distill.TrainState, masks: Units) -> tuple[distill.TrainState, Mapping[str, Any]]:
@@ -215,6 +241,14 @@ class Pruner:
         """Prune until the targets hold, resuming from a saved state; `told` hears of each pruning."""
         setup, plan, monitor = self.setup, self.setup.plan, self.monitor
         self._told = told
+        for target in setup.targets:
+            if target.is_loose:
+                monitor.warn(
+                    f"warning: the limit {target.limit:.6g} on {target.name} asks for nothing: the unpruned model has "
+                    f"{target.dense:.6g}"
+                )
+        if isinstance(setup.latency, LatencyTable) and setup.latency.shared:
+            monitor.warn(f"warning: {setup.latency.name}: {SHARED}")
         state = self._begin_or_resume()
         first = int(state.train.step)
         total = plan.warmup + (plan.steps - 1) * plan.interval if plan.method == "gradual" else None
@@ -234,7 +268,7 @@ class Pruner:
         found = {}
         for ratio, rank in self.setup.snapshots.items():
             if self.setup.scoring.criterion == "obs" and self._one_shot.turned is None:
-                self._one_shot.score()  # the run was resumed: the bases of its scores are found again
+                self._one_shot.score(self.setup.whole)  # the run was resumed: the bases of its scores are found again
             self.monitor.say(f"snapshot {ratio:g}")
             ranking = rank(scores, self.masks, 0)
             found[ratio] = cut(self.remove(self._unpruned().train, ranking.masks)[0], self.model)[0]
@@ -315,8 +349,8 @@ def cut(state: distill.TrainState, model: Model) -> tuple[Model, Model]:
 def _check(setup: Setup, model: Model) -> None:
     """UserError when parts of a setup do not go together."""
     plan, chosen = setup.plan, setup.scoring
-    if not model.dims.classes and chosen.usual_loss != "own" and chosen.needs_data:
-        raise UserError(" has no classifier; give a loss of your own", "model")
+    if plan.trains:
+        check_objective(setup.recipe.objective, model.dims, "training.objective")
     if chosen.from_training and not (
         chosen.criterion == "taylor" and plan.warmup > 0 and plan.interval > 0 and plan.trains and chosen.loss is None
     ):
@@ -329,10 +363,9 @@ def _check(setup: Setup, model: Model) -> None:
 
 def _removed(before: ViTDims, after: ViTDims) -> dict[str, Any]:
     """How many units went, of each kind: embed, and a list over the blocks for the others."""
-    fields = {"head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
     gone = {
         kind: [a - b for a, b in zip(getattr(before, name), getattr(after, name), strict=True)]
-        for kind, name in fields.items()
+        for kind, name in _WIDTHS.items()
     }
     return {"embed": before.embed - after.embed} | gone
 

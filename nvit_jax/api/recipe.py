@@ -13,9 +13,25 @@ from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model.regnet import Teacher
 from nvit_jax.parallel import BACKENDS
 from nvit_jax.pruning.sparsity import SPARSITY
+from nvit_jax.schema import Choice, Flag, Made, Maybe, Number, Shape, check_fields, whole
 from nvit_jax.training import optim
 from nvit_jax.training.losses import Objective
 
+_SHAPES: dict[str, Shape] = {
+    "epochs": Number(above=0, most=1e6),
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), Number(0, 1e30)),
+    "warmup_epochs": Number(0, 1e6),
+    "clip_norm": Maybe(Number(1e-9, 1e9)),
+    **dict.fromkeys(("dropout", "drop_path", "ema"), Number(0, below=1)),
+    **dict.fromkeys(("batch", "learning_rate_batch"), Maybe(whole(1, 10**9))),
+    **dict.fromkeys(("accumulate", "log_every", "save_every"), whole(1, 10**9)),
+    **dict.fromkeys(("evaluate_every", "stream"), whole(0, 10**9)),
+    "seed": whole(0, 2**32 - 1, "from 0 to 2**32 - 1"),
+    "remat": Flag(),
+    "matmul_precision": Maybe(Choice(("default", "bfloat16", "tensorfloat32", "float32", "high", "highest"))),
+    "objective": Made(Objective, "an Objective"),
+    "augment": Made(Augment, "an Augment"),
+}
 Loss = Callable[[jax.Array, dict[str, Any]], jax.Array]  # (logits [B, C], batch) -> [B]
 
 
@@ -56,24 +72,9 @@ class Recipe:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parallel", self.parallel, BACKENDS)
         check_choice("sparsity", self.sparsity, (None, *SPARSITY))
-        for name in ("epochs", "learning_rate", "weight_decay", "warmup_epochs", "ema", "dropout", "drop_path"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"={value!r}: it must be a number", name)
+        check_fields(self, _SHAPES)
         if self.optimizer is not None and not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
             raise UserError(f" is a {type(self.optimizer).__name__}; it must be an optax optimizer", "optimizer")
-        for name in ("batch", "accumulate", "log_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"={value}: it must be at least 1", name)
-        for name in ("learning_rate", "weight_decay", "warmup_epochs", "evaluate_every"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"={getattr(self, name)}: it must be >= 0", name)
-        for name in ("dropout", "drop_path", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"={getattr(self, name)}: it must be in [0, 1)", name)
-        if not self.epochs > 0:
-            raise UserError(f"={self.epochs}: it must be > 0", "epochs")
         if self.evaluate_every % self.log_every:
             text = f"={self.evaluate_every}: it must be a multiple of log_every={self.log_every}"
             raise UserError(text, "evaluate_every")

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from nvit_jax.errors import UserError
-from nvit_jax.files import read_json, saving, write_json
+from nvit_jax.files import locked, read_json, saving, write_json
+from nvit_jax.paths import kind, named
+from nvit_jax.schema import Record, Text
 from nvit_jax.training.monitor import Console, Monitor, Recorder
 
 _RECORD = "call.json"
@@ -35,9 +37,18 @@ def open_monitor(
     if directory is None:
         yield Console(name, callback) if progress or callback else Monitor()
         return
-    path = Path(directory)
-    if path.exists() and not path.is_dir():
+    path = named(directory, "directory=")
+    if kind(path) not in (None, "a directory"):
         raise UserError(f"={path} is not a directory", "directory")
+    with saving(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with locked(path, f"directory={path}: another call is at work there; wait for it, or take another one"):
+        yield from _recorded(path, name, callback, arguments)
+
+
+def _recorded(
+    path: Path, name: str, callback: Callable[[int, dict[str, float]], None] | None, arguments: Any
+) -> Iterator[Monitor]:
     _claim(path, {"call": name, "arguments": digest(arguments)})
     monitor = Recorder(path, name, callback)
     try:
@@ -47,15 +58,13 @@ def open_monitor(
 
 
 def _claim(path: Path, record: dict[str, str]) -> None:
-    with saving(path):
-        path.mkdir(parents=True, exist_ok=True)
     if not (path / _RECORD).exists():
         if (path / "state").exists():
             raise UserError(f"={path} holds states of something else; take another one", "directory")
         write_json(path / _RECORD, record)
-    elif read_json(path / _RECORD) != record:
+    elif (found := read_json(path / _RECORD, Record({"call": Text()}))) != record:
         raise UserError(
-            f"={path} belongs to a {read_json(path / _RECORD).get('call')} with another model or other arguments; "
+            f"={path} belongs to a {found['call']} with another model or other arguments; "
             "take another one, or delete it",
             "directory",
         )

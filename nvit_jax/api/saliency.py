@@ -11,12 +11,11 @@ from nvit_jax.api.targets import Choice, Limits, check_images, choice_of, find_l
 from nvit_jax.data.feed import make_feed
 from nvit_jax.errors import UserError
 from nvit_jax.model.dims import Units
-from nvit_jax.model.directory import Model
-from nvit_jax.model.masks import full_masks
+from nvit_jax.model.directory import Model, check_weights
+from nvit_jax.model.masks import check_finite, check_scores, full_masks
 from nvit_jax.pruning.loop import Plan
 from nvit_jax.pruning.ranking import Ranking
 from nvit_jax.pruning.rules import ranker
-from nvit_jax.pruning.saliency import check_finite
 from nvit_jax.pruning.scoring import Scoring
 from nvit_jax.training import distill
 from nvit_jax.training.losses import Objective
@@ -38,16 +37,16 @@ def saliency(
 ) -> Units:
     """Scores of all units, float64, averaged over the batches of one pass; the arguments are those of `prune`.
 
-    Raises FloatingPointError that names the first unit whose score is not finite.
+    Raises UserError, and FloatingPointError that names the first unit whose score is not finite.
     """
     monitor = progress if isinstance(progress, Monitor) else Console("saliency") if progress else Monitor()
     check_images(images)
     if (criterion.criterion if isinstance(criterion, Scoring) else criterion) == "obs":
         raise UserError('="obs" scores the units of a model in another basis; nvit.prune makes both', "criterion")
     model = model.compact()
-    feed = make_feed(batches, model.dims, model.preprocessing)
+    feed = make_feed(batches, model.dims, model.preprocessing, classes=model.classes)
     recipe = Recipe(objective=Objective(own=loss), seed=seed, stream=2, parallel=parallel)
-    scoring = scoring_of(criterion, loss, batch)
+    scoring = scoring_of(criterion, loss, batch).for_model(model.dims)
     setup = Setup(targets=[], rank=_no_ranking, plan=Plan(), scoring=scoring, recipe=recipe, images=images)
     pruner = Pruner(model, feed, None, setup, monitor)
     state = distill.new_state(model.params, pruner.optimizer, seed, masks=pruner.masks)
@@ -82,15 +81,14 @@ def rank(
     `nvit.reshape(model, found.masks)` makes the small model. The arguments are those of `prune`. A masked model is
     ranked from its masks on. Raises UserError.
     """
-    choice = choice_of(rank, rule, kinds, protect, profile, floors).usual("")
+    choice = choice_of(rank, rule, kinds, protect, profile, floors).usual("", model.dims)
     limits = Limits(macs=macs, params=params, latency=latency, max_macs=max_macs, max_params=max_params, max_ms=max_ms)
     if limits.need_latency and latency_table is None:
         raise UserError(" is needed for a limit on latency; nvit.measure_latency(model) makes one", "latency_table")
     masks = full_masks(model.dims) if model.masks is None else model.masks
-    for name, given, wanted in zip(Units._fields, scores, masks, strict=True):
-        if (shape := getattr(given, "shape", None)) != wanted.shape:
-            raise UserError(f": {name} has the shape {shape}, the model {wanted.shape}", "scores")
-    check_finite(scores)
+    check_weights(model.params, "model")
+    if not any(score.any() for score in check_scores(scores, model.dims)):
+        raise UserError(": all are 0, which tells nothing; nvit.saliency gives scores of a trained model", "scores")
     table = find_latency(latency_table, model)
     policy = choice.policy(table)
     targets = reachable_targets(limits, policy, model.dims, table)

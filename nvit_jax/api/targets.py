@@ -14,7 +14,8 @@ from nvit_jax.pruning.loop import Plan
 from nvit_jax.pruning.ranking import Policy, Target, check_reachable, group_sizes, make_targets, smallest_dims
 from nvit_jax.pruning.rules import ranker
 
-OBS_KINDS = ("head", "qk", "v", "mlp")  # that the criterion obs removes where nothing else is said
+# That the criterion obs removes where nothing else is said, and all criteria where embed channels are the features.
+OBS_KINDS = ("head", "qk", "v", "mlp")
 FLOORS = {"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8}
 # The arguments' names -> those of ranking.make_targets.
 NAMES = {
@@ -59,17 +60,17 @@ class Choice:
     """Which units may go, in which groups, by which rule."""
 
     rule: str | None = None  # None: "solve" for the criterion obs, else "per_cost"
-    kinds: Sequence[str] | None = None  # None: all that the criterion has scores for
+    kinds: Sequence[str] | None = None  # None: all that the criterion has scores for; without a classifier not embed
     protect: Sequence[int] = ()  # blocks whose own units stay
     profile: str = "cpu"  # sizes of the groups: nvit cpu gpu tpu
-    floors: Mapping[str, int] | None = None  # units that stay of each kind in each block; None: FLOORS
+    floors: Mapping[str, int] | None = None  # units that stay; 0 of head or mlp: whole parts may go
     align: str = "per_head"  # or "shared": one query/key and value index for all heads of a block (NViT)
     eta: float = 5e-4  # of the rules "eta" (per millisecond) and "nvit" (per second)
 
-    def usual(self, criterion: str) -> "Choice":
-        """With what is not said as it goes with a criterion."""
+    def usual(self, criterion: str, dims: ViTDims) -> "Choice":
+        """With what is not said as it goes with a criterion and a model."""
         obs = criterion == "obs"
-        kinds = (OBS_KINDS if obs else KINDS) if self.kinds is None else self.kinds
+        kinds = (OBS_KINDS if obs or dims.gives_channels else KINDS) if self.kinds is None else self.kinds
         return dataclasses.replace(self, rule=self.rule or ("solve" if obs else "per_cost"), kinds=kinds)
 
     def policy(self, latency: Milliseconds | None) -> Policy:

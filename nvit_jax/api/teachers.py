@@ -11,6 +11,7 @@ from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.directory import Model
 from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.model.regnet import RegNet, Teacher
+from nvit_jax.model.sizes import words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def check_teacher(dims: Any, student: ViTDims, argument: str = "label_teacher") 
             argument,
         )
     if isinstance(dims, ViTDims) and dims.image != student.image:
-        raise UserError(f" reads images of {dims.image} pixels, not {student.image}", argument)
+        raise UserError(f" reads images of {words(dims.image)} pixels, not {words(student.image)}", argument)
 
 
 def fit_teacher(teacher: Model | RegNet, student: ViTDims, preprocessing: Preprocessing | None) -> Teacher:

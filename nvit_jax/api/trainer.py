@@ -12,7 +12,9 @@ import optax
 from nvit_jax.api.recipe import Recipe
 from nvit_jax.data.feed import Draws, Feed, Reader, SplitFeed
 from nvit_jax.data.mixing import prepare
-from nvit_jax.model.dims import ViTDims
+from nvit_jax.errors import UserError
+from nvit_jax.latency.timing import free_bytes
+from nvit_jax.model.dims import ViTDims, count_params
 from nvit_jax.model.directory import Model
 from nvit_jax.model.groups import Params
 from nvit_jax.parallel import Parallel, fetch
@@ -29,6 +31,7 @@ class Trainer:
 
     def __init__(self, dims: ViTDims, feed: Feed, recipe: Recipe, teacher: Model | None, monitor: Monitor) -> None:
         """`teacher` is the unpruned model."""
+        _check_memory(dims)
         self.dims, self.feed, self.recipe, self.monitor = dims, feed, recipe, monitor
         self.parallel = Parallel.create(recipe.parallel)
         self.batch = usual_batch(recipe.batch, feed, self.parallel)
@@ -74,6 +77,7 @@ class Trainer:
             dropout=r.dropout,
             ema_decay=r.ema,
             accumulate=r.accumulate,
+            parallel=self.parallel,
             remat=r.remat,
         )
         step = self.parallel.compile(prepare(self.feed.normalise, train, r.augment.mixing, self._shards), trains=True)
@@ -92,6 +96,28 @@ class Trainer:
             for number in range(batches):
                 state, _ = step(state, batch(number))
         return jax.tree.map(lambda s: s / batches, fetch(state.opt_state))
+
+
+def _check_memory(dims: ViTDims) -> None:
+    """UserError for a model whose weights, gradients and moments do not fit: a host ends a process without a word."""
+    need = 16 * count_params(dims)  # float32, with AdamW
+    if jax.default_backend() == "cpu" and need > (free := free_bytes()):
+        raise UserError(
+            f"training {count_params(dims):,} parameters takes {need / 2**30:.1f} GiB at least, and "
+            f"{free / 2**30:.1f} GiB are free; take a smaller model"
+        )
+
+
+def check_objective(objective: Objective, dims: ViTDims, argument: str) -> None:
+    """UserError for an objective that a model of these dims cannot have."""
+    if dims.classes and objective.feature_weight:
+        text = " has a feature_weight, which is for models without a classifier; take a kl_weight"
+        raise UserError(text, argument)
+    if not dims.classes and (objective.needs_labels or objective.kl_weight or objective.teacher_alpha):
+        text = (
+            " takes answers of a classifier, and the model has none; take Objective(label_weight=0, feature_weight=1)"
+        )
+        raise UserError(text, argument)
 
 
 def usual_batch(batch: int | None, feed: Feed, parallel: Parallel) -> int:

@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from nvit_jax.data.images import Box, resize_box, training_view
 from nvit_jax.errors import UserError
+from nvit_jax.model.sizes import Size
 
 _LEVELS = 10.0  # magnitudes run from 0 to this
 _SHIFT = 0.45  # of the side, at the highest magnitude
@@ -83,6 +84,9 @@ OPERATIONS: dict[str, Operation] = {
 _NAMES = tuple(OPERATIONS)
 
 
+_MAX_LAYERS = 100
+
+
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
     """`layers` operations, each drawn anew and done with `probability`, at magnitude N(magnitude, std) within [0, 10].
@@ -105,10 +109,11 @@ class RandAugment:
             if match is None:
                 break
             values[match[1]] = float(match[2])
-        if first != "rand" or len(values) != len(parts) or values.pop("inc", None) != 1:
+        known = first == "rand" and len(values) == len(parts) and values.pop("inc", None) == 1
+        if not known or values.get("n", 0) > _MAX_LAYERS or values.get("p", 0) > 1:
             raise UserError(
-                f'config.augment.rand_augment={text!r}: it looks like "rand-m9-mstd0.5-inc1", with m, mstd, n and p, '
-                "and always inc1"
+                f'config.augment.rand_augment={text!r}: it looks like "rand-m9-mstd0.5-inc1", with m, mstd, n (at most '
+                f"{_MAX_LAYERS}) and p (at most 1), and always inc1"
             )
         given = {"m": "magnitude", "mstd": "std", "p": "probability", "n": "layers"}
         found = cls(**{"std": 0.0} | {given[k]: v for k, v in values.items()})  # type: ignore[arg-type]
@@ -154,12 +159,12 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) 
 
 @dataclasses.dataclass(frozen=True)
 class TrainCrop:
-    """(content, rng) -> uint8 [size, size, channels]: one training view of one image. BadImage.
+    """(content, rng) -> uint8 [height, width, channels]: one training view of one image. BadImage.
 
     `fast`: see images.training_view.
     """
 
-    size: int
+    size: Size
     channels: int
     fill: tuple[int, ...]  # what rotations and shifts leave, 0..255
     scale: tuple[float, float] = (0.08, 1.0)

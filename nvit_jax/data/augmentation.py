@@ -7,6 +7,19 @@ from nvit_jax.data.mixing import Mixing
 from nvit_jax.errors import UserError
 from nvit_jax.model.preprocessing import Preprocessing
 from nvit_jax.parallel import Parallel
+from nvit_jax.schema import Flag, Maybe, Number, Shape, Text, ZeroOr, check_fields, whole
+
+_PART, JITTER = Number(0, 1), Number(0, 10)
+BETA = ZeroOr(Number(1e-3, 1000))  # below and above, float32 draws from it what is no number
+_SHAPES: dict[str, Shape] = {
+    "crop": Maybe(Number(above=0, most=1)),
+    **dict.fromkeys(("flip", "erasing", "switch"), _PART),
+    **dict.fromkeys(("mixup", "cutmix"), BETA),
+    "color_jitter": JITTER,
+    "rand_augment": Maybe(Text()),
+    "fast_decode": Flag(),
+    **dict.fromkeys(("repeats", "mixup_shards"), whole(1, 10**6)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +39,12 @@ class Augment:
     cutmix: float = 0.0
     switch: float = 0.5  # to cutmix, where both are on
     mixup_shards: int = 1  # partners are found within this many equal parts of the batch
+
+    def __post_init__(self) -> None:
+        """UserError for values of another type or range."""
+        check_fields(self, _SHAPES)
+        if self.rand_augment is not None:
+            RandAugment.parse(self.rand_augment)
 
     @property
     def mixing(self) -> Mixing:

@@ -6,13 +6,15 @@ images. Raw integer images are normalised on the device, by `normalise`; floatin
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from nvit_jax.data.datasets import Dataset, Split
+from nvit_jax.data.datasets import Dataset, Split, check_classes
+from nvit_jax.data.labels import match
 from nvit_jax.data.pipeline import Stream, eval_batches, train_stream
 from nvit_jax.data.sources import Arrays
 from nvit_jax.errors import UserError
@@ -20,6 +22,7 @@ from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.preprocessing import CenterCrop, Preprocessing, as_images, normalise
 from nvit_jax.parallel import Parallel
 
+_log = logging.getLogger("nvit_jax")
 Batch = dict[str, Any]
 Report = Callable[[str], None]
 _ENDLESS = 10_000_000  # batches of one pass; more is taken for an iterable that never ends
@@ -97,7 +100,8 @@ class SplitFeed:
             raise UserError(": labels are needed, give a pair (images, labels)", "batches")
         devices = len(parallel.devices)
         batch = -(-min(batch, len(self.split)) // devices) * devices
-        return eval_batches(self.split, batch, parallel.local_rows(batch), report)
+        found = eval_batches(self.split, batch, parallel.local_rows(batch), report, labels=labels)
+        return found if self.labelled else ({k: v for k, v in one.items() if k != "label"} for one in found)
 
     def some(self, count: int | None) -> "SplitFeed":
         return dataclasses.replace(self, split=self.split.some(count))
@@ -149,6 +153,8 @@ class BatchFeed:
         left = self.limit
         for number, content in enumerate(self.batches):
             found = as_batch(content, self.dims, f"batches: batch {number}: images", self.preprocessing)
+            if not len(found["image"]):
+                raise UserError(f": batch {number} has no images", "batches")
             if left is not None:
                 found = {name: value[:left] for name, value in found.items()}
                 left -= len(found["image"])
@@ -230,6 +236,9 @@ def as_batch(content: Any, dims: ViTDims, where: str, preprocessing: Preprocessi
     images = np.asarray(as_images(given.pop("image"), dims.image, dims.channels, where))
     if images.dtype.kind not in "iu":
         images = images.astype(np.float32)
+        if (finite := np.isfinite(images).all((1, 2, 3))).size and not finite.all():
+            count = int(np.size(finite) - finite.sum())
+            raise UserError(f"{where}: {count} of {len(images)} are not finite, {int(finite.argmin())} is the first")
     normalise(images[:0], preprocessing)  # raw pixels need to be known
     found = {name: _rows(value, len(images), f"{where}: {name!r}") for name, value in given.items()}
     if "label" in found:
@@ -255,7 +264,13 @@ def _labels(labels: np.ndarray, classes: int, where: str) -> np.ndarray:
 
 
 def make_feed(
-    batches: Any, dims: ViTDims, preprocessing: Preprocessing | None, *, split: str = "train", passes: bool = True
+    batches: Any,
+    dims: ViTDims,
+    preprocessing: Preprocessing | None,
+    *,
+    split: str = "train",
+    passes: bool = True,
+    classes: Sequence[str] = (),
 ) -> Feed:
     """The feed of whatever a user gives as batches.
 
@@ -264,19 +279,23 @@ def make_feed(
         re-iterable of batches, each a dict with "image" and "label", or a pair.
       preprocessing: the model's; a data set's own is taken when the model knows none.
       passes: whether it is gone through more than once: an iterator is refused then.
+      classes: names of the model's, by which those of a data set are found.
 
     Raises UserError for anything else, and for images or labels that do not fit the model.
     """
     if isinstance(batches, SplitFeed | BatchFeed):
         return batches
     if isinstance(batches, Dataset):
+        if split == "train" and dims.classes:
+            check_classes(batches)
         preprocessing, batches = preprocessing or batches.preprocessing, batches.split(split)
     if isinstance(batches, Split):
-        return SplitFeed(_fitted(batches, dims, preprocessing), preprocessing)
+        labelled = batches.labels.kind != "none"
+        return SplitFeed(_fitted(batches, dims, preprocessing, classes), preprocessing, labelled)
     if hasattr(batches, "shape"):
         batches = (batches,)
     if isinstance(batches, tuple | list) and batches and hasattr(batches[0], "shape") and batches[0].ndim == 4:
-        pair = len(batches) == 2 and getattr(batches[1], "ndim", None) == 1
+        pair = len(batches) == 2 and getattr(batches[1], "ndim", 4) != 4  # two of 4 are two batches of images
         if pair or len(batches) == 1:
             found = as_batch(batches, dims, "batches: images", preprocessing)
             labels = found.get("label", np.zeros(len(found["image"]), np.int32))
@@ -298,8 +317,13 @@ def make_feed(
     return BatchFeed(batches, dims, preprocessing)
 
 
-def _fitted(split: Split, dims: ViTDims, preprocessing: Preprocessing | None) -> Split:
-    """A split whose image files are cropped as the model was evaluated. Raises UserError when images do not fit."""
+def _fitted(split: Split, dims: ViTDims, preprocessing: Preprocessing | None, classes: Sequence[str]) -> Split:
+    """A split with the model's labels, whose image files are cropped as the model was evaluated. UserError."""
+    if dims.classes:
+        found = match(split.labels, classes, dims.classes)
+        split = split.matched(found)
+        if found.doubt:
+            _log.warning(found.words)
     source = split.source
     if isinstance(source, Arrays):
         as_images(source.images[:1], dims.image, dims.channels, "batches: images")

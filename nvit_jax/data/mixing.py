@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nvit_jax.model.sizes import Size, sides
 from nvit_jax.training.losses import Batch
 
 _OWN = 2**32 - 1  # the state's key folded with a step is the examples' (drop path); no run is that long
@@ -30,7 +31,7 @@ class Mixing:
     shards: int = 1
 
     def __call__(self, key: jax.Array, step: Any, batch: Batch, local_shards: int | None = None) -> Batch:
-        """Normalised images [B, s, s, c] -> augmented ones; mixed labels are "mixed_label" [B] and "label_share" [].
+        """Normalised images [B, h, w, c] -> augmented ones; mixed labels are "mixed_label" [B] and "label_share" [].
 
         `local_shards`: how many of the shards this call sees (under pmap a device sees its own part of the batch).
         """
@@ -51,7 +52,8 @@ class Mixing:
         cut = jax.random.bernoulli(choose, self.switch if self.mixup and self.cutmix else float(self.cutmix > 0))
         alpha = jnp.where(cut, self.cutmix, self.mixup)
         share = jax.random.beta(share_key, alpha, alpha)
-        inside, kept = cut_box(box_key, images.shape[1], share)
+        height, width = images.shape[1:3]
+        inside, kept = cut_box(box_key, (height, width), share)
         share = jnp.where(cut, kept, share)
         other = partner(images)
         mixed = jnp.where(cut, jnp.where(inside[..., None], other, images), share * images + (1 - share) * other)
@@ -59,32 +61,38 @@ class Mixing:
         return batch | {"mixed_label": partner(batch["label"]), "label_share": share} if "label" in batch else batch
 
 
-def cut_box(key: jax.Array, size: int, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(mask [size, size] of a square of (1 - share) of the area around a random center, what is left of the image)."""
-    side = jnp.floor(size * jnp.sqrt(1 - share)).astype(jnp.int32)
-    center = jax.random.randint(key, (2,), 0, size)
-    low, high = (jnp.clip(center + sign * (side // 2), 0, size) for sign in (-1, 1))  # as timm, even sides
-    rows, columns = ((jnp.arange(size) >= low[i]) & (jnp.arange(size) < high[i]) for i in (0, 1))
+def cut_box(key: jax.Array, size: Size, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(mask [height, width] of a box of (1 - share) of the area around a random center, what is left of the image).
+
+    The box has the shape of the image.
+    """
+    whole = jnp.array(sides(size))
+    side = jnp.floor(whole * jnp.sqrt(1 - share)).astype(jnp.int32)
+    center = jax.random.randint(key, (2,), 0, whole)
+    low, high = (jnp.clip(center + sign * (side // 2), 0, whole) for sign in (-1, 1))  # as timm, even sides
+    rows, columns = ((jnp.arange(n) >= low[i]) & (jnp.arange(n) < high[i]) for i, n in enumerate(sides(size)))
     area = (high - low).prod()
-    return rows[:, None] & columns, 1 - area / size**2
+    return rows[:, None] & columns, 1 - area / whole.prod()
 
 
 def erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-    """Zhong et al. 2020, per pixel, as timm does it: [s, s, c] -> the same with a rectangle of N(0, 1), or unchanged.
+    """Zhong et al. 2020, per pixel, as timm does it: [h, w, c] -> the same with a rectangle of N(0, 1), or unchanged.
 
     2 % to a third of the area, aspect ratio log-uniform in 0.3 to 1/0.3; of ten draws the first that fits is taken.
     """
-    size = image.shape[0]
+    height, width, _ = image.shape
     do, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
-    area = jax.random.uniform(area_key, (10,), minval=0.02, maxval=1 / 3) * size**2
+    area = jax.random.uniform(area_key, (10,), minval=0.02, maxval=1 / 3) * (height * width)
     aspect = jnp.exp(jax.random.uniform(aspect_key, (10,), minval=math.log(0.3), maxval=-math.log(0.3)))
     heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (heights < size) & (widths < size)
+    fits = (heights < height) & (widths < width)
     first = jnp.argmax(fits)
-    sides = jnp.stack([heights[first], widths[first]])
-    low = jnp.floor(jax.random.uniform(place_key, (2,)) * (size - sides + 1)).astype(jnp.int32)
-    rows, columns = ((jnp.arange(size) >= low[i]) & (jnp.arange(size) < low[i] + sides[i]) for i in (0, 1))
+    box, whole = jnp.stack([heights[first], widths[first]]), jnp.array([height, width])
+    low = jnp.floor(jax.random.uniform(place_key, (2,)) * (whole - box + 1)).astype(jnp.int32)
+    rows, columns = (
+        (jnp.arange(n) >= low[i]) & (jnp.arange(n) < low[i] + box[i]) for i, n in enumerate((height, width))
+    )
     chosen = jax.random.bernoulli(do, probability) & fits.any()
     noise = jax.random.normal(noise_key, image.shape, image.dtype)
     return jnp.where((rows[:, None] & columns)[..., None] & chosen, noise, image)

@@ -6,15 +6,18 @@ of workers, devices and processes sees the same numbers.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from nvit_jax.data.datasets import Pixels, Split, cores
+from nvit_jax.data.datasets import Pixels, Split, as_they_are, cores
 from nvit_jax.data.sources import Arrays, Source, Subset
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, first_line
 from nvit_jax.model.preprocessing import BadImage
 
 _AHEAD = 2  # batches
@@ -72,8 +75,7 @@ class Stream:
         except RuntimeError as error:  # Grain's, when a worker process was killed: the same examples are read again
             if not self._split.loading.workers:
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.report(f"reading starts again at batch {step}: {reason}")
+            self.report(f"reading starts again at batch {step}: {first_line(error)}")
             self.close()
             self._batches = self._start(step)
             batch = next(self._batches)
@@ -89,15 +91,16 @@ class Stream:
 
     def _start(self, step: int) -> Iterator[Any]:
         loading, ahead = self._split.loading, _AHEAD * self._rows
-        memory = _in_memory(self._split.source)
+        at_hand = _is_at_hand(self._split.source, self._examples.pixels) and loading.threads is None
         threads = loading.threads or max(1, cores() // max(1, loading.workers))
         each = -(-ahead // max(1, loading.workers))
-        options = grain.ReadOptions(num_threads=0 if memory else threads, prefetch_buffer_size=0 if memory else each)
+        options = grain.ReadOptions(num_threads=0 if at_hand else threads, prefetch_buffer_size=0 if at_hand else each)
         examples = grain.MapDataset.source(self._examples)[step * self._rows :].to_iter_dataset(options)
-        if loading.workers and not memory:
+        if loading.workers:
             _let_workers_start()
             examples = examples.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=loading.workers, per_worker_buffer_size=each)
+                grain.MultiprocessingOptions(num_workers=loading.workers, per_worker_buffer_size=each),
+                worker_init_fn=_end_with_parent,
             )
         return iter(examples.batch(self._rows, drop_remainder=True))
 
@@ -129,8 +132,24 @@ def _read(source: Source, number: int) -> tuple[bytes | np.ndarray, int]:
         return source.read(number)
 
 
-def _in_memory(source: Source) -> bool:
-    return isinstance(source, Arrays) or (isinstance(source, Subset) and _in_memory(source.source))
+def _is_at_hand(source: Source, pixels: Pixels) -> bool:
+    """Arrays that nothing is done to: a thread would only hand them over."""
+    while isinstance(source, Subset):
+        source = source.source
+    return isinstance(source, Arrays) and pixels is as_they_are
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """In a worker: nobody stops it when its parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 
 def _let_workers_start() -> None:
@@ -207,8 +226,13 @@ class _InOrder:
         return (number if number < self.count else -1), None
 
 
-def eval_batches(split: Split, batch: int, rows: slice = slice(None), report: Any = None) -> Iterator[dict[str, Any]]:
-    """Every image once: the last batch is filled up with repeats that "valid" marks 0, as is what cannot be read."""
+def eval_batches(
+    split: Split, batch: int, rows: slice = slice(None), report: Any = None, *, labels: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Every image once: the last batch is filled up with repeats that "valid" marks 0, as is what cannot be read.
+
+    `labels`: whether each must have one.
+    """
     mine = range(batch)[rows]
     stream = Stream(split, split.pixels, mine, _InOrder(len(split), batch, mine))
     stream.report = report or stream.report
@@ -216,7 +240,7 @@ def eval_batches(split: Split, batch: int, rows: slice = slice(None), report: An
         for step in range(-(-len(split) // batch)):
             found = stream.read(step)
             valid = (found["number"] >= 0) & (found["bad"] < 0)
-            if (found["label"][valid] < 0).any():
+            if labels and (found["label"][valid] < 0).any():
                 raise UserError(f"examples like {split.source.name(0)} have no label (-1); evaluate another split")
             yield {"image": found["image"], "label": found["label"], "valid": valid.astype(np.float32)}
     finally:

@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nvit_jax.errors import UserError
+from nvit_jax.formats import families
 from nvit_jax.formats.layouts import (
     BIG_VISION,
     DINO,
     DINO_HEADS,
     LAYOUTS,
+    NOT_THE_ENCODER,
     NVIT_PRUNED,
     TIMM,
+    TRUNK,
     VISION_TRANSFORMER,
     Layout,
     Rule,
 )
-from nvit_jax.formats.weights import Tensors
+from nvit_jax.formats.tensors import Tensors
 
 
 class Canonical(NamedTuple):
@@ -29,33 +32,87 @@ class Canonical(NamedTuple):
     read: Callable[[str], np.ndarray]
     left_out: dict[str, str]  # name in the file -> why it is not used
     heads: tuple[int, ...] | None  # where the file's shapes tell
+    own: Tensors  # under the publisher's names
 
 
-_OTHERS = {  # names that give other families away
-    "layer1.0.conv1.weight": "a ResNet",
-    "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer",
-    "features.1.0.attn.relative_position_bias_table": "a Swin Transformer",
-    "blocks.0.attn.relative_position_bias_table": "a BEiT (relative positions)",
-    "stages.0.blocks.0.conv_dw.weight": "a ConvNeXt",
-    "downsample_layers.0.0.weight": "a ConvNeXt",
-    "blocks.0.mlp.w12.weight": "a ViT with SwiGLU",
-    "MAPHead_0/probe": "a ViT with attention pooling",
-    "stages.0.blocks.0.conv1.conv.weight": "a convolutional network",
-}
+def _outer(name: str, layout: Layout) -> str | None:
+    """What stands before the layout's own names, where this name is the layout's first mark; None where it is not."""
+    mark = layout.marks[0]
+    if not name.endswith(mark):
+        return None
+    outer = name.removesuffix(mark)
+    if outer and outer[-1] not in "./":
+        return None
+    return next((outer.removesuffix(p) for p in layout.prefixes if ("." + outer).endswith("." + p)), outer)
 
 
-def identify(names: Iterable[str], where: str) -> Layout:
-    """The layout of a file. UserError that says what else it looks like."""
+def _candidates(names: Iterable[str]) -> dict[str, Layout]:
+    """Prefix -> layout, for every Vision Transformer among the tensors of a file."""
     names = set(names)
-    for mark, family in _OTHERS.items():
-        if mark in names:
-            raise UserError(f"{where} is {family} ({mark}), not a plain Vision Transformer")
+    found: dict[str, Layout] = {}
     for layout in LAYOUTS:
-        if all(mark in _stripped(layout, names) for mark in layout.marks):
-            dino = layout is TIMM and any(re.fullmatch("|".join(DINO_HEADS), n) for n in names)
-            return DINO if dino else layout
-    shown = ", ".join(sorted(names)[:4])
-    raise UserError(f"{where} is not a plain Vision Transformer of a known layout; it holds {shown}, ...")
+        for outer in {o for n in names if (o := _outer(n, layout)) is not None}:
+            inner = _stripped(layout, (n.removeprefix(outer) for n in names if n.startswith(outer)))
+            if outer.removesuffix(TRUNK) not in found and all(mark in inner for mark in layout.marks):
+                found[outer] = layout
+    return found
+
+
+# Of several models in one file: the averaged one, the one that is published; never what only training needs.
+_PREFERRED = ("ema", "teacher", "target", "base_encoder")
+_NOT_IT = re.compile(r"(^|[./])(decoder|predictor|momentum_encoder|opt(?!/target)|txt|text)[\w-]*[./]")
+
+
+def _choose(found: Mapping[str, Layout], where: str, entry: str | None) -> str:
+    """The prefix of the model that is meant. UserError where nothing tells which."""
+    outers = list(found)
+    if entry is not None:
+        chosen = [outer for outer in outers if outer.rstrip("./") == entry]
+        if not chosen:
+            there = ", ".join(outer.rstrip("./") or "(all)" for outer in outers)
+            raise UserError(f"{where} has no entry {entry!r}; there are {there}")
+        return chosen[0]
+    outers = [outer for outer in outers if not _NOT_IT.search(outer)] or outers
+    for word in _PREFERRED:
+        liked = [outer for outer in outers if word in outer]
+        if len(outers) > 1 and len(liked) == 1:
+            return liked[0]
+    if len(outers) > 1:
+        there = ", ".join(outer.rstrip("./") or "(all)" for outer in sorted(outers))
+        raise UserError(f"{where} holds several models ({there}); choose one with --entry")
+    return outers[0]
+
+
+class _Located(NamedTuple):
+    layout: Layout
+    tensors: Tensors  # under the layout's own names
+    outside: dict[str, str]  # names in the file that are not the model's -> why
+
+
+def _locate(tensors: Tensors, where: str, entry: str | None) -> _Located:
+    """The model inside of what a training script saved. UserError that says what else the file looks like."""
+    found = _candidates(tensors.shapes)
+    if not found:
+        families.refuse(tensors.shapes, where)
+        raise families.unknown(tensors.shapes, where)
+    outer = _choose(found, where, None if entry == tensors.entry else entry)
+    layout = found[outer]
+    shapes = {n.removeprefix(outer): s for n, s in tensors.shapes.items() if n.startswith(outer)}
+    families.refuse((n for n in shapes if not _left_out(layout, n)), where)
+    usual = f"outside of {outer.rstrip('./')!r}, where the model is"
+    outside = {n: _why(layout.beside, n) or usual for n in sorted(tensors.shapes) if not n.startswith(outer)}
+    inside = tensors._replace(shapes=shapes, read=lambda name: tensors.read(outer + name))
+    dino = layout is TIMM and any(re.fullmatch("|".join(DINO_HEADS), n) for n in shapes)
+    return _Located(DINO if dino else layout, inside, outside)
+
+
+def _left_out(layout: Layout, name: str) -> str | None:
+    """Why a tensor is not part of the function; None where it may be."""
+    return _why({**layout.left_out, **NOT_THE_ENCODER}, name)
+
+
+def _why(patterns: Mapping[str, str], name: str) -> str | None:
+    return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, name)), None)
 
 
 def _stripped(layout: Layout, names: Iterable[str]) -> dict[str, str]:
@@ -67,17 +124,18 @@ def _stripped(layout: Layout, names: Iterable[str]) -> dict[str, str]:
     return {strip(name): name for name in names}
 
 
-def canonical(tensors: Tensors, where: str) -> Canonical:
+def canonical(tensors: Tensors, where: str, entry: str | None = None) -> Canonical:
     """The same tensors under timm's names. Each is used by exactly one rule, or left out for a stated reason.
 
-    UserError for a file of another family, and for names that no rule knows.
+    The model may lie under any prefix, beside other things; `entry` names the prefix where there are several. UserError
+    for a file of another family, and for names that no rule knows.
     """
-    tensors = _unstack(tensors)
-    layout = identify(tensors.shapes, where)
+    layout, tensors, left_out = _locate(_unstack(_unchunk(tensors)), where, entry)
     names = _stripped(layout, tensors.shapes)
     made: dict[str, tuple[Rule, tuple[str, ...], int]] = {}  # target -> rule, sources in the file, which result
     used: set[str] = set()
-    depth = 1 + max((int(m[1]) for n in names if (m := re.search(r"(?:blocks\.|layers?\.|_)(\d+)[./]", n))), default=0)
+    numbered = (re.search(r"(?:blocks\.|layers?\.|_)(\d{1,6})[./]", name) for name in names)
+    depth = min(1 + max((int(m[1]) for m in numbered if m), default=0), len(names))  # a block has a name at least
     for rule in layout.rules:
         for i in range(depth if "{i}" in rule.sources[0] else 1):
             sources = tuple(s.replace("{i}", str(i)) for s in rule.sources)
@@ -85,9 +143,8 @@ def canonical(tensors: Tensors, where: str) -> Canonical:
             if all(s in names and s not in used for s in sources) and not any(t in made for t in targets):
                 used.update(sources)
                 made |= {t: (rule, tuple(names[s] for s in sources), j) for j, t in enumerate(targets)}
-    left_out: dict[str, str] = {}
     for name in sorted(names.keys() - used):
-        why = next((text for pattern, text in layout.left_out.items() if re.fullmatch(pattern, name)), None)
+        why = _left_out(layout, name)
         if why == "all ones" and not (tensors.read(names[name]) == 1).all():
             raise UserError(f"{where}: {name} is not all ones; pruned tokens are not supported")
         if why:
@@ -111,12 +168,34 @@ def canonical(tensors: Tensors, where: str) -> Canonical:
             found = ", ".join(f"{s} {tensors.shapes[s]}" for s in sources)
             raise UserError(f"{where}: the shapes of {found} do not go together") from error
 
-    return Canonical(layout, {t: shape(t) for t in made}, read, left_out, _heads(tensors.shapes, layout))
+    own = {name: shape for name, shape in tensors.shapes.items() if not _left_out(layout, name)}
+    heads = _heads(tensors.shapes, layout, where)
+    return Canonical(layout, {t: shape(t) for t in made}, read, left_out, heads, tensors._replace(shapes=own))
+
+
+def _unchunk(tensors: Tensors) -> Tensors:
+    """DINOv2's training file has its blocks in chunks, "blocks.2.8.": all are numbered through."""
+    chunked = re.compile(r"(^|.*\.)blocks\.(\d{1,6})\.(\d{1,6})\.(norm1|norm2|attn|mlp|ls1|ls2)\.")
+    numbers: dict[str, set[tuple[int, int]]] = {}
+    for name in tensors.shapes:
+        if m := chunked.match(name):
+            numbers.setdefault(m[1], set()).add((int(m[2]), int(m[3])))
+    if not numbers:
+        return tensors
+    places = {(root, pair): i for root, pairs in numbers.items() for i, pair in enumerate(sorted(pairs))}
+
+    def through(m: re.Match[str]) -> str:
+        return f"{m[1]}blocks.{places[m[1], (int(m[2]), int(m[3]))]}.{m[4]}."
+
+    names = {chunked.sub(through, name): name for name in tensors.shapes}
+    return tensors._replace(
+        shapes={new: tensors.shapes[old] for new, old in names.items()}, read=lambda name: tensors.read(names[name])
+    )
 
 
 def _unstack(tensors: Tensors) -> Tensors:
     """big_vision's scanned blocks, one array for all, as one for each."""
-    stacked = {n: s for n, s in tensors.shapes.items() if n.startswith("Transformer/encoderblock/")}
+    stacked = {n: s for n, s in tensors.shapes.items() if "Transformer/encoderblock/" in n and s}
     if not stacked:
         return tensors
     shapes = {n: s for n, s in tensors.shapes.items() if n not in stacked}
@@ -135,8 +214,8 @@ def _unstack(tensors: Tensors) -> Tensors:
     return tensors._replace(shapes=shapes, read=read)
 
 
-def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, ...] | None:
-    """Heads per block where a shape tells them."""
+def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: str) -> tuple[int, ...] | None:
+    """Heads per block where a shape tells them. UserError where the pooling has others."""
     if layout is NVIT_PRUNED:
         key, axis = "blocks.{i}.attn.qkv.Q.weight", 2
     elif layout in (VISION_TRANSFORMER, BIG_VISION):
@@ -144,8 +223,11 @@ def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, 
     else:
         return None
     found: list[int] = []
-    while (name := key.replace("{i}", str(len(found)))) in shapes:
+    while len(shapes.get(name := key.replace("{i}", str(len(found))), ())) > axis:
         found.append(shapes[name][axis])
+    pool = shapes.get("MAPHead_0/MultiHeadDotProductAttention_0/query/kernel", ())
+    if layout is BIG_VISION and len(pool) > axis and found and pool[axis] != found[0]:
+        raise UserError(f"{where}: its attention pooling has {pool[axis]} heads and a block {found[0]}: not built")
     return tuple(found)
 
 
@@ -158,10 +240,10 @@ def nvit_masks(read: Callable[[str], np.ndarray], heads: tuple[int, ...]) -> dic
     masks: dict[str, Any] = {"embed": _live(read("patch_embed.proj.weight"))}
     masks |= {kind: [] for kind in ("head", "qk", "v", "mlp")}
     for i, h in enumerate(heads):
-        q, _, v = (
+        q, _, v = (  # [h, width]
             part.reshape(h, -1, part.shape[1]).any(-1) for part in np.split(read(f"blocks.{i}.attn.qkv.weight"), 3)
         )
-        masks["head"].append(q.any(-1))
+        masks["head"].append(v.any(-1))  # without values nothing is left of a head
         for kind, live in (("qk", q), ("v", v)):
             masks[kind].append(np.broadcast_to(live.any(0), live.shape))
         masks["mlp"].append(_live(read(f"blocks.{i}.mlp.fc1.weight")))

@@ -1,7 +1,7 @@
 """A checkpoint made elsewhere -> a model directory. Every tensor is accounted for, every value checked."""
 
 import contextlib
-import json
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,19 +11,17 @@ import numpy as np
 
 import nvit_jax
 from nvit_jax.errors import UserError
-from nvit_jax.formats import interchange, layouts
+from nvit_jax.files import check_shape, parse_json
+from nvit_jax.formats import families, folder, interchange, layouts, open_clip, verify
 from nvit_jax.formats.canonical import Canonical, canonical, nvit_masks
-from nvit_jax.formats.detect import (
-    PREPROCESSING,
-    Options,
-    Shapes,
-    find_dims,
-    find_family,
-    find_preprocessing,
-    find_variant,
-)
-from nvit_jax.formats.weights import Tensors, open_checkpoint, read_beside
-from nvit_jax.model import positions, regnet
+from nvit_jax.formats.configs import Said, read_config
+from nvit_jax.formats.detect import Options, Shapes, find_dims, find_family, find_variant
+from nvit_jax.formats.facts import Facts, read_beside, read_processor
+from nvit_jax.formats.heads import per_head
+from nvit_jax.formats.preprocessors import PREPROCESSING, find_preprocessing, made_size
+from nvit_jax.formats.tensors import Tensors
+from nvit_jax.formats.weights import find_weights, open_checkpoint
+from nvit_jax.model import positions, regnet, sizes
 from nvit_jax.model.dims import Units, ViTDims, count_macs, count_params
 from nvit_jax.model.directory import (
     Model,
@@ -36,9 +34,11 @@ from nvit_jax.model.directory import (
 from nvit_jax.model.groups import flatten
 from nvit_jax.model.masks import check_masks, full_masks
 from nvit_jax.model.preprocessing import Preprocessing
-from nvit_jax.model.reshape import reshape
+from nvit_jax.model.sizes import Size
+from nvit_jax.schema import ANYTHING, Each, Maybe, Record, Table, Text, whole
 
 Read = Callable[[str], np.ndarray]
+CLASSIFIER = ("head", "head_dist", "head_mean", "pre_logits")  # what tensors of classifiers are called
 
 
 class Converted(NamedTuple):
@@ -54,13 +54,15 @@ class _Opened(NamedTuple):
     converted: Converted
     shapes: Shapes
     read: Read
+    file: Canonical | None = None  # of a ViT of others
+    said: Said = Said()
 
 
 def convert(checkpoint: str | pathlib.Path, options: Options | None = None, *, dtype: Any = np.float32) -> Converted:
     """Read a checkpoint of any layout of layouts.LAYOUTS, an export of this project, or the official regnety_160.
 
-    Raises UserError for a file that is damaged, of another family, with names or shapes that do not fit, or with
-    values that are not finite.
+    A folder stands for the one checkpoint in it. Raises UserError for a file that is damaged, of another family, with
+    names or shapes that do not fit, or with values that are not finite.
     """
     with _opened(pathlib.Path(checkpoint), options or Options(), dtype) as opened:
         return opened.converted
@@ -69,9 +71,10 @@ def convert(checkpoint: str | pathlib.Path, options: Options | None = None, *, d
 @contextlib.contextmanager
 def _opened(path: pathlib.Path, options: Options, dtype: Any) -> Iterator[_Opened]:
     """The file's tensors can be read inside the block."""
+    path = find_weights(path) if path.is_dir() else path
     with open_checkpoint(path, options.entry) as tensors:
-        regnet = "s1.b1.conv1.conv.weight" in tensors.shapes
-        opened = (_regnet if regnet else _vit)(path, tensors, options, dtype)
+        tensors, is_regnet = _without_root(tensors)
+        opened = (_regnet if is_regnet else _vit)(path, tensors, options, dtype)
         for name, leaf in flatten(opened.converted.model.params):
             if not np.isfinite(leaf).all():
                 raise UserError(f"{path}: {name} holds values that are not finite")
@@ -93,7 +96,7 @@ def convert_checkpoint(
     UserError for an `out` that is a file, or a directory of other things.
     `verify` runs PyTorch on the file's own tensors and Flax on the directory just written, on the same images.
     """
-    out = pathlib.Path(out)
+    checkpoint, out = pathlib.Path(checkpoint), pathlib.Path(out)
     check_place(out)
     if is_model(out) and not overwrite:
         raise UserError(f"--out={out} exists; --overwrite replaces it")
@@ -105,8 +108,7 @@ def convert_checkpoint(
     else:
         save_model(out, found.model)
     if verify:
-        difference, largest = verify_model(checkpoint, load_classifier(out), options)
-        say(f"verified: largest difference to PyTorch {difference:.1e} on logits up to {largest:.2f}, 4 images")
+        say(_verified(checkpoint, load_classifier(out), options))
     return found
 
 
@@ -114,42 +116,39 @@ def verify_model(
     checkpoint: str | pathlib.Path, model: Model | regnet.RegNet, options: Options | None = None
 ) -> tuple[float, float]:
     """(largest absolute difference of the logits, largest absolute logit) on 4 random images: PyTorch, on the file's
-    own tensors (of a masked model: on those that its masks leave), against Flax at full float32 precision. UserError
-    without PyTorch."""
-    try:
-        import torch
+    own tensors, against Flax at full float32 precision. See `verify.compare`. UserError without PyTorch."""
+    found = _compared(pathlib.Path(checkpoint), model, options)
+    return found.difference, found.largest
 
-        from nvit_jax.formats import torch_regnet, torch_vit
-    except ImportError as error:
-        raise UserError(f"--verify needs PyTorch: pip install torch ({error})") from error
-    with _opened(pathlib.Path(checkpoint), options or Options(), np.float32) as opened:
+
+def _compared(path: pathlib.Path, model: Model | regnet.RegNet, options: Options | None) -> "verify.Compared":
+    path = find_weights(path) if path.is_dir() else path
+    options = options or Options()
+    changed = options.image is not None or options.classes is not None
+    with _opened(path, options, np.float32) as opened:
         state = {name: np.array(opened.read(name)) for name in opened.shapes}
-    dims = model.dims
-    if isinstance(model, Model) and model.masks is not None:  # PyTorch has no masks: it runs what they leave
-        dims, compact = reshape(model.params, model.masks, model.dims)
-        state = interchange.to_torch(dims, compact)
-    tensors = {name: torch.from_numpy(value).float() for name, value in state.items()}
-    size, channels = model.info["preprocessing"]["size"], model.dims.channels
-    images = np.random.default_rng(0).standard_normal((4, size, size, channels)).astype(np.float32)
-    with torch.inference_mode():
-        inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-        if isinstance(dims, regnet.RegNetDims):
-            theirs = torch_regnet.forward(tensors, inputs).numpy()
-        else:
-            twin = torch_vit.ViT(dims.to_json())
-            twin.load_state_dict(tensors)
-            theirs = twin.eval()(inputs).numpy()
-    with jax.default_matmul_precision("float32"):
-        ours = np.asarray(jax.jit(model.logits)(model.params, images))
-    return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+        own = (
+            None
+            if changed or opened.file is None
+            else {n: np.array(opened.file.own.read(n)) for n in opened.file.own.shapes}
+        )
+        return verify.compare(path, model, state, own, opened.said)
+
+
+def _verified(path: pathlib.Path, model: Model | regnet.RegNet, options: Options | None) -> str:
+    found = _compared(path, model, options)
+    if found.largest == 0:
+        return "not verified: logits are all 0 (a classifier of zeros), and the check says nothing"
+    numbers = f"{found.difference:.1e} on logits up to {found.largest:.2f}"
+    return f"verified: largest difference to PyTorch {numbers}, 4 images; {found.against}"
 
 
 def _info(
-    path: pathlib.Path, variant: str | None, pre: Preprocessing, classes: list[str], **facts: Any
+    path: pathlib.Path, variant: str | None, pre: Preprocessing | None, classes: list[str], **facts: Any
 ) -> dict[str, Any]:
     return {
         "variant": variant,
-        "preprocessing": pre.to_json(),
+        "preprocessing": None if pre is None else pre.to_json(),
         "classes": classes,
         "provenance": {"nvit_jax": nvit_jax.__version__, "checkpoint": path.name} | facts,
     }
@@ -160,28 +159,55 @@ def _info(
 
 def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> _Opened:
     if "nvit_jax" in tensors.extra:
-        return _own(path, tensors, dtype)
-    file = canonical(tensors, str(path))
-    shapes, read, notes = file.shapes, file.read, []
-    beside, processor = read_beside(path, "config.json"), read_beside(path, "preprocessor_config.json")
-    family = find_family(path, file, beside, options)
+        return _own(path, tensors, options, dtype)
+    try:
+        file = canonical(tensors, str(path), options.entry)
+    except UserError:
+        families.check_type(read_beside(path, "config.json"))  # which may tell the family
+        raise
+    config, processor = open_clip.config_beside(path, file.layout), None
+    if file.layout in (layouts.OPEN_CLIP, layouts.OPEN_CLIP_TIMM):
+        said = open_clip.read_facts(path, file, config, tensors.extra)
+    else:
+        said = read_config(path, tensors.extra)
+    if config is None:
+        config, processor = read_beside(path, "config.json"), read_processor(path)
+    shapes = {name: shape for name, shape in file.shapes.items() if name != "reg_token" or 0 not in shape}
+    read, notes = file.read, list(said.notes)
+    family = find_family(path, file, said, options)
+    shapes, read, filled = _with_zero_biases(shapes, read)
+    notes += filled
     if "pos_embed" not in shapes and file.layout is layouts.BIG_VISION:
         shapes, read = positions.with_sincos(shapes, read)
         notes.append("positions are big_vision's fixed sines and cosines")
     if {"dist_token", "head.weight"} <= shapes.keys() and "head_dist.weight" not in shapes:
-        shapes, read = _as_register(shapes, read)
+        shapes, read = _renamed(shapes, read, "dist_token", "reg_token")
         notes.append("nothing classifies from the distillation token: it is a register here, the function is the same")
+    if said.norm_after_pool:
+        shapes, read = _renamed(shapes, read, "norm.", "fc_norm.")
     shapes, read, replaced = _with_classifier(shapes, read, options.classes)
     notes += replaced
-    dims = find_dims(str(path), file, shapes, tensors.extra, beside, options)
-    if options.image is not None and options.image != dims.image:
-        dims, shapes, read, note = positions.interpolated(dims, shapes, read, options.image)
-        notes.append(note)
+    names = [name for name in (said.architecture, path.stem) if name]
+    for name in names:
+        families.refuse_name(name, str(path))
+    dims = find_dims(str(path), file, shapes, tensors.extra, said, options, names)
+    if said.image is not None and said.image != dims.image and not dims.divides(said.image):
+        stated, patch = sizes.words(said.image), sizes.words(dims.patch)
+        notes.append(f"{stated} is not divisible by patch {patch}: the model takes {sizes.words(dims.image)} pixels")
+    image, why = _image(file, dims, said, processor, options)
+    if image != dims.image:
+        dims, shapes, read, note = positions.interpolated(dims, shapes, read, image, file.layout.bicubic)
+        notes.append(note + why)
+    if dims.gated and said.activation is None:
+        notes.append("the mlps have gates, of which nothing beside the file says more: read as SwiGLU, gates first")
+    shapes, read = per_head(dims, shapes, read, str(path))
     params = interchange.from_torch(dims, shapes, read, str(path), dtype)
     variant = find_variant(path, dims, family, options)
-    pre = find_preprocessing(family, dims, beside, processor)
-    labels = beside.get("id2label") or {}
-    classes = [labels[str(i)] for i in range(len(labels))] if len(labels) == dims.classes else []
+    pre, odd = find_preprocessing(family, dims.image, dims.channels, config, processor)
+    notes += odd
+    classes = list(said.classes) if len(said.classes) == dims.classes else []
+    if said.classes and not classes:
+        notes.append(f"{len(said.classes)} class names are stated, and there are {dims.classes} classes: left out")
     masks = None
     if file.layout is layouts.NVIT_PRUNED:
         masks = _nvit_masks(dims, file)
@@ -197,7 +223,25 @@ def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> 
     notes.insert(0, f"{first}; {describe(dims, variant)}")
     notes.append(f"preprocessing: {pre.describe()}")
     info = _info(path, variant, pre, classes, layout=file.layout.name)
-    return _Opened(Converted(Model(dims, params, masks, info), notes), shapes, read)
+    return _Opened(Converted(Model(dims, params, masks, info), notes), shapes, read, file, said)
+
+
+def _image(file: Canonical, dims: ViTDims, said: Said, processor: Facts | None, options: Options) -> tuple[Size, str]:
+    """The image that the model is to take, and the words for why.
+
+    A publisher's model that takes any image interpolates its positions to the one that its processor makes.
+    """
+    if options.image is not None:
+        return sizes.size("--image", options.image, 1, 2**14), ""
+    if not file.layout.any_image:
+        return dims.image, ""
+    made = None if processor is None else made_size(processor, said.image or dims.image)
+    for size, name in ((made, "preprocessor_config.json"), (said.image, "config.json")):
+        if size is not None and dims.divides(size):
+            words = sizes.words(size)
+            kept = dims.image if isinstance(dims.image, int) else "x".join(map(str, dims.image))
+            return size, f", for the {words} pixels of {name}; --image={kept} keeps them"
+    return dims.image, ""
 
 
 def describe(dims: ViTDims, variant: str | None = None) -> str:
@@ -206,45 +250,123 @@ def describe(dims: ViTDims, variant: str | None = None) -> str:
     def widths(values: tuple[int, ...]) -> str:
         return str(values[0]) if len(set(values)) == 1 else f"{min(values)}..{max(values)}"
 
+    pairs = " pairs" if dims.rotary else ""
     return (
         f"{variant or 'no published size'}: embed {dims.embed}, {dims.depth} blocks, heads {widths(dims.heads)} "
-        f"(qk {widths(dims.qk)}, v {widths(dims.v)}), mlp {widths(dims.mlp)}, patch {dims.patch}, image {dims.image}, "
-        f"{dims.classes} classes, {count_params(dims):,} parameters, {count_macs(dims) / 1e9:.2f} GMACs"
+        f"(qk {widths(dims.qk)}{pairs}, v {widths(dims.v)}), mlp {widths(dims.mlp)}, patch {sizes.words(dims.patch)}, "
+        f"image {sizes.words(dims.image)}, {dims.classes} classes, {count_params(dims):,} parameters, "
+        f"{count_macs(dims) / 1e9:.2f} GMACs"
     )
 
 
-def _own(path: pathlib.Path, tensors: Tensors, dtype: Any) -> _Opened:
-    """A file that this project exported: its metadata says all."""
+_EXPORTED = Record(
+    {"dims": Table(ANYTHING)},
+    {
+        "preprocessing": Maybe(Table(ANYTHING)),
+        "classes": Maybe(Each(Text())),
+        "variant": Maybe(Text()),
+        "sparsity": Maybe(Text()),
+        "checksum": Maybe(whole(0)),
+    },
+)
+
+
+def _own(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> _Opened:
+    """A file that this project exported: its metadata says all but what is to be changed. UserError.
+
+    The names are timm's, or transformers'.
+    """
+    where = f"{path}: its metadata"
+    facts = parse_json(str(tensors.extra["nvit_jax"]), where)
+    check_shape(where, facts, _EXPORTED, "what nvit_jax writes")
     try:
-        facts = json.loads(tensors.extra["nvit_jax"])
-        dims = ViTDims.from_json(facts["dims"])
-        pre = Preprocessing.from_json(facts["preprocessing"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its metadata is damaged: {error!r}") from error
-    params = interchange.from_torch(dims, tensors.shapes, tensors.read, str(path), dtype)
-    info = _info(path, facts.get("variant"), pre, facts.get("classes") or [], layout="nvit_jax")
+        dims, known = ViTDims.from_json(facts["dims"]), facts.get("preprocessing")
+        pre = None if known is None else Preprocessing.from_json(known)
+        if pre is not None:
+            pre.check_for(dims.image, dims.channels)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for name in ("variant", "heads", "entry"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name}={getattr(options, name)}: {path} was exported by nvit_jax and says all of itself"
+            )
+    shapes, read, told = dict(tensors.shapes), tensors.read, facts.get("checksum")
+    if told is not None and folder.checksum_of(shapes, read) != told:
+        raise UserError(
+            f"{path} is damaged: the checksum in its metadata is another; fetch it anew (who changes weights leaves "
+            "the checksum out)"
+        )
+    if "patch_embed.proj.weight" not in shapes:
+        file = canonical(tensors, str(path))
+        shapes, read = file.shapes, file.read
+    shapes, read, notes = _with_classifier(shapes, read, options.classes)
+    classes = facts.get("classes") or []
+    if options.classes is not None:
+        inside = dims.pre_logits if options.classes else 0
+        dims, classes = dataclasses.replace(dims, classes=options.classes, pre_logits=inside), []
+    wanted = dims.image if options.image is None else sizes.size("--image", options.image, 1, 2**14)
+    if wanted != dims.image:
+        before = dims.sides
+        dims, shapes, read, note = positions.interpolated(dims, shapes, read, wanted)
+        if pre is not None:
+            resize = pre.resize and sizes.one(
+                *(round(n * new / old) for n, new, old in zip(sizes.sides(pre.resize), dims.sides, before, strict=True))
+            )
+            pre = dataclasses.replace(pre, size=dims.image, resize=resize)
+        notes.append(note)
+    params = interchange.from_torch(dims, shapes, read, str(path), dtype)
+    info = _info(path, facts.get("variant"), pre, classes, layout="nvit_jax")
     info |= {name: facts[name] for name in ("sparsity",) if name in facts}
-    notes = [f"{path.name}: exported by nvit_jax; {describe(dims, facts.get('variant'))}"]
-    return _Opened(Converted(Model(dims, params, None, info), notes), tensors.shapes, tensors.read)
+    notes.insert(0, f"{path.name}: exported by nvit_jax; {describe(dims, facts.get('variant'))}")
+    return _Opened(Converted(Model(dims, params, None, info), notes), shapes, read)
 
 
-def _as_register(shapes: Shapes, read: Read) -> tuple[Shapes, Read]:
-    names = {("reg_token" if n == "dist_token" else n): n for n in shapes}
-    return {new: shapes[old] for new, old in names.items()}, lambda name: read(names[name])
+def _with_zero_biases(shapes: Shapes, read: Read) -> tuple[Shapes, Read, list[str]]:
+    """Layers without biases (proj_bias=False), as such with biases of zeros: the same function."""
+    depth = sum(name.endswith(".mlp.fc1.weight") for name in shapes)
+    layers = [[f"blocks.{i}.{part}" for i in range(depth)] for part in ("attn.proj", "mlp.fc1", "mlp.fc2")]
+    new: Shapes = {}
+    patches = [] if "norm_pre.weight" in shapes else [["patch_embed.proj"]]  # CLIP has no bias there
+    for group in (*patches, ["head"], *layers):
+        weights = [f"{name}.weight" for name in group]
+        if all(w in shapes and shapes[w] for w in weights) and not any(f"{name}.bias" in shapes for name in group):
+            new |= {f"{name}.bias": shapes[w][:1] for name, w in zip(group, weights, strict=True)}
+    if not new:
+        return shapes, read, []
+    note = f"{next(iter(new))} and others ({len(new)}) are not there: zeros stand for them, the function is the same"
+    return shapes | new, lambda name: np.zeros(new[name], np.float32) if name in new else read(name), [note]
+
+
+def _renamed(shapes: Shapes, read: Read, old: str, new: str) -> tuple[Shapes, Read]:
+    """The tensors whose names begin with `old`, under names that begin with `new`."""
+    names = {(new + n.removeprefix(old) if n.startswith(old) else n): n for n in shapes}
+    return {now: shapes[before] for now, before in names.items()}, lambda name: read(names[name])
+
+
+_BESIDE = {"head_dist": "dist_token", "head_mean": "head_mean.weight"}  # classifier -> what it is there with
 
 
 def _with_classifier(shapes: Shapes, read: Read, classes: int | None) -> tuple[Shapes, Read, list[str]]:
-    """A new classifier of zeros in the place of the file's, or where it has none."""
+    """A new classifier of zeros in the place of the file's, or where it has none. With 0 classes none at all."""
     if classes is None:
         return shapes, read, []
-    names = ["head"] + ["head_dist"] * ("dist_token" in shapes)
+    if not classes:
+        own = [name for name in shapes if name.split(".")[0] in CLASSIFIER]
+        said = "the classifier is left out: features come out" if own else "there is no classifier"
+        return {name: shape for name, shape in shapes.items() if name not in own}, read, [said]
+    names = ["head"] + [name for name, mark in _BESIDE.items() if mark in shapes]
     old = shapes.get("head.weight")
     if "pre_logits.fc.weight" in shapes:
         width = shapes["pre_logits.fc.weight"][0]
     else:
         width = shapes.get("patch_embed.proj.weight", (0,))[0]
-    new = {f"{n}.weight": (classes, width) for n in names} | {f"{n}.bias": (classes,) for n in names}
+    new: Shapes = {f"{n}.weight": (classes, width) for n in names}
+    new |= {f"{n}.bias": (classes,) for n in names if n != "head_mean"}
     said = f"the classifier of {old[0]} classes is replaced" if old else "there is no classifier"
+    if "projection.weight" in shapes:
+        shapes = {name: shape for name, shape in shapes.items() if name != "projection.weight"}
+        said = "the projection of its features is left out"
     said += f"; a new one of {classes} classes holds zeros and is to be trained"
     return shapes | new, lambda name: np.zeros(new[name], np.float32) if name in new else read(name), [said]
 
@@ -262,8 +384,18 @@ def _nvit_masks(dims: ViTDims, file: Canonical) -> Units:
 # ----------------------------------------------------------------------------------------------- RegNet
 
 
+def _without_root(tensors: Tensors) -> tuple[Tensors, bool]:
+    """The tensors, and whether they are a RegNetY's; then what all of its names begin with ("module.") is gone."""
+    mark = "s1.b1.conv1.conv.weight"
+    root = next((name.removesuffix(mark) for name in tensors.shapes if name.endswith(mark)), None)
+    if root is None or (root and root[-1] not in "./"):
+        return tensors, False
+    shapes = {name.removeprefix(root): shape for name, shape in tensors.shapes.items() if name.startswith(root)}
+    return tensors._replace(shapes=shapes, read=lambda name: tensors.read(root + name)), True
+
+
 def _regnet(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> _Opened:
-    if any((options.variant, options.image, options.heads, options.classes)):
+    if any(value is not None for value in (options.variant, options.image, options.heads, options.classes)):
         raise UserError(f"{path} is a RegNetY: --variant, --image, --heads and --classes are for Vision Transformers")
     shapes = {n: s for n, s in tensors.shapes.items() if not n.endswith("num_batches_tracked")}
     try:

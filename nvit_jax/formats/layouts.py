@@ -4,10 +4,13 @@ A table is a list of rules, tried in order; "{i}" is a block's number. A rule ap
 the file, and every tensor of a file must be taken by one rule, or be named as not belonging to the function.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from nvit_jax.model.positions import DEIT, Bicubic
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -27,10 +30,14 @@ class Layout(NamedTuple):
     marks: tuple[str, ...]  # names that are in every such file, and together in no other
     rules: tuple[Rule, ...]
     left_out: Mapping[str, str] = {}  # regular expression of names that are not part of the function -> why
+    beside: Mapping[str, str] = {}  # the same of names outside of the model's prefix
     prefixes: tuple[str, ...] = ()  # dropped where a name has one
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    rotary: float = 0.0  # the base of rotary positions, unless it is stated; 0 without them
     family: str = "deit"  # preprocessing and variant names, unless the file's own names tell more
+    bicubic: Bicubic = DEIT  # how its positions are interpolated
+    any_image: bool = False  # the publisher's model interpolates them itself, to whatever image it is given
 
 
 def _rename(**names: str) -> tuple[Rule, ...]:
@@ -47,16 +54,37 @@ def _rows(*parts: np.ndarray) -> Arrays:
 
 
 _BLOCK = "blocks.{i}."
+
+
+def _packed(gate: str, hidden: str) -> tuple[Rule, ...]:
+    """The two layers of a gated mlp as one, the gate's rows first."""
+    names = ((f"{gate}.{leaf}", f"{hidden}.{leaf}", leaf) for leaf in ("weight", "bias"))
+    return tuple(Rule((g, h), (_BLOCK + f"mlp.fc1.{leaf}",), _rows) for g, h, leaf in names)
+
+
 _TIMM = (
     *_rename(cls_token="cls_token", dist_token="dist_token", reg_token="reg_token", pos_embed="pos_embed"),
     *_both("patch_embed.proj", "patch_embed.proj"),
     *(
         rule
-        for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for part in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
         for rule in _both(_BLOCK + part, _BLOCK + part)
     ),
+    *_both(_BLOCK + "mlp.w12", _BLOCK + "mlp.fc1"),  # SwiGLU of DINOv2: rows of the gate, then of what it multiplies
+    *_both(_BLOCK + "mlp.w3", _BLOCK + "mlp.fc2"),
+    *_packed(_BLOCK + "mlp.fc1_g", _BLOCK + "mlp.fc1_x"),  # and of timm
     *(Rule((_BLOCK + f"ls{n}.gamma",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"),
-    *(rule for part in ("norm", "fc_norm", "pre_logits.fc", "head", "head_dist") for rule in _both(part, part)),
+    *_rename(**{"attn_pool.latent": "attn_pool.latent"}),
+    *(
+        rule
+        for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")
+        for rule in _both(f"attn_pool.{part}", f"attn_pool.{part}")
+    ),
+    *(
+        rule
+        for part in ("norm_pre", "norm", "fc_norm", "pre_logits.fc", "head", "head_dist")
+        for rule in _both(part, part)
+    ),
 )
 
 TIMM = Layout("timm's names (official DeiT, timm ViT, DINO)", ("blocks.0.attn.qkv.weight", "cls_token"), _TIMM)
@@ -72,27 +100,40 @@ DEIT3 = Layout(
 
 def _fold_class_position(cls_token: np.ndarray, positions: np.ndarray) -> Arrays:
     """Registers have no position: the class token takes its own in, and the patches keep theirs."""
-    return cls_token + positions[:, :1], positions[:, 1:]
+    return cls_token.astype(np.float64) + positions[:, :1], positions[:, 1:]
 
 
+NOT_THE_ENCODER = {  # in any layout
+    r"(decoder|predictor)([._/].*)?|(decoder|predictor)_\w+(\..*)?": "a decoder of pretraining, not the encoder",
+    r"mask_token|masked_embed|embeddings\.mask_token": "stands for masked patches in training",
+    r"head\.\d+\..*": "a projection head of pretraining",
+    r".*\.num_batches_tracked": "a count of batches",
+}
 DINO_HEADS = {
     r"(head\.(mlp|last_layer)\.|dino_head\.|ibot_head\.).*": "a projection head of DINO's training",
-    r"mask_token": "stands for masked patches in DINOv2's training",
 }
 DINO = TIMM._replace(name="official DINO", left_out=DINO_HEADS, family="dino")
+
+
+def _with_registers(*sources: str) -> Rule:
+    """Class token, positions, registers."""
+    made = lambda c, p, r: (*_fold_class_position(c, p), r)  # noqa: E731
+    return Rule(sources, ("cls_token", "pos_embed", "reg_token"), made)
+
+
 DINOV2 = Layout(
     "official DINOv2",
     ("blocks.0.ls1.gamma", "mask_token"),
-    (
-        Rule(
-            ("cls_token", "pos_embed", "register_tokens"),
-            ("cls_token", "pos_embed", "reg_token"),
-            lambda c, p, r: (*_fold_class_position(c, p), r),
-        ),
-        *_TIMM,
-    ),
+    _TIMM,
     left_out=DINO_HEADS,
     family="dinov2",
+    bicubic=Bicubic(offset=0.1),
+)
+DINOV2_REGISTERS = DINOV2._replace(
+    name="official DINOv2 with registers",
+    marks=("blocks.0.ls1.gamma", "mask_token", "register_tokens"),
+    rules=(_with_registers("cls_token", "pos_embed", "register_tokens"), *_TIMM),
+    bicubic=Bicubic(antialias=True),
 )
 
 
@@ -122,8 +163,8 @@ def _hugging_face(block: str, qkv: tuple[str, ...], projection: str, fc1: str, f
 
 _HF_LEFT_OUT = {
     r"pooler\..*": "the pooler of ViTModel, which its classifier does not read",
-    r"embeddings\.mask_token": "stands for masked patches in training",
 }
+_HF_PREFIXES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.")
 HUGGING_FACE = Layout(
     "Hugging Face ViT or DeiT",
     ("encoder.layer.0.attention.attention.query.weight",),
@@ -135,7 +176,7 @@ HUGGING_FACE = Layout(
         "output.dense",
     ),
     left_out=_HF_LEFT_OUT,
-    prefixes=("vit.", "deit."),
+    prefixes=_HF_PREFIXES,
     norm_eps=1e-12,
     family="vit_hf",
 )
@@ -149,6 +190,199 @@ HUGGING_FACE_5 = HUGGING_FACE._replace(
         "mlp.fc1",
         "mlp.fc2",
     ),
+)
+IJEPA_5 = HUGGING_FACE_5._replace(  # no class token
+    marks=("layers.0.attention.q_proj.weight", "embeddings.patch_embeddings.projection.weight"),
+)
+
+
+def _hugging_face_dinov2(qkv: tuple[str, ...], projection: str) -> tuple[Rule, ...]:
+    layer = "encoder.layer.{i}."
+    return (
+        _with_registers("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens"),
+        *_rename(cls_token="embeddings.cls_token", pos_embed="embeddings.position_embeddings"),
+        *_both("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        *(
+            Rule(tuple(f"{layer}{n}.{leaf}" for n in qkv), (_BLOCK + f"attn.qkv.{leaf}",), _rows)
+            for leaf in ("weight", "bias")
+        ),
+        *_both(layer + projection, _BLOCK + "attn.proj"),
+        *(rule for n in "12" for rule in _both(layer + f"norm{n}", _BLOCK + f"norm{n}")),
+        *(Rule((layer + f"layer_scale{n}.lambda1",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"),
+        *(rule for n in "12" for rule in _both(layer + f"mlp.fc{n}", _BLOCK + f"mlp.fc{n}")),
+        *_both(layer + "mlp.weights_in", _BLOCK + "mlp.fc1"),
+        *_both(layer + "mlp.weights_out", _BLOCK + "mlp.fc2"),
+        *_packed(layer + "mlp.gate_proj", layer + "mlp.up_proj"),
+        *_both(layer + "mlp.down_proj", _BLOCK + "mlp.fc2"),
+        *_both("layernorm", "norm"),
+        Rule(("classifier.weight",), ("head.weight", "head_mean.weight"), lambda x: tuple(np.split(x, 2, axis=1))),
+        Rule(("classifier.bias",), ("head.bias",)),
+    )
+
+
+_HF_DINOV2 = Layout(
+    "Hugging Face DINOv2",
+    ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.attention.query.weight"),
+    _hugging_face_dinov2(
+        ("attention.attention.query", "attention.attention.key", "attention.attention.value"), "attention.output.dense"
+    ),
+    prefixes=_HF_PREFIXES,
+    family="dinov2",
+    any_image=True,
+)
+_HF_DINOV2_5 = _HF_DINOV2._replace(
+    name="Hugging Face DINOv2 (names of transformers 5)",
+    marks=("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.q_proj.weight"),
+    rules=_hugging_face_dinov2(("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention.o_proj"),
+)
+
+
+def _registered(layout: Layout) -> Layout:
+    """Its model with registers, which interpolates in another way."""
+    name = layout.name.replace("DINOv2", "DINOv2 with registers")
+    return layout._replace(
+        name=name, marks=(*layout.marks, "embeddings.register_tokens"), bicubic=Bicubic(antialias=True)
+    )
+
+
+HUGGING_FACE_DINOV2 = (_registered(_HF_DINOV2), _HF_DINOV2, _registered(_HF_DINOV2_5), _HF_DINOV2_5)
+
+_TOWER = "encoder.layers.{i}."
+_TOWER_RULES = (
+    Rule(("embeddings.class_embedding",), ("cls_token",), lambda x: (x[None, None],)),
+    Rule(("embeddings.position_embedding.weight",), ("pos_embed",), lambda x: (x[None],)),
+    *_both("embeddings.patch_embedding", "patch_embed.proj"),
+    *_both("pre_layrnorm", "norm_pre"),
+    *_both(_TOWER + "layer_norm1", _BLOCK + "norm1"),
+    *(
+        Rule(tuple(_TOWER + f"self_attn.{n}_proj.{leaf}" for n in "qkv"), (_BLOCK + f"attn.qkv.{leaf}",), _rows)
+        for leaf in ("weight", "bias")
+    ),
+    *_both(_TOWER + "self_attn.out_proj", _BLOCK + "attn.proj"),
+    *_both(_TOWER + "layer_norm2", _BLOCK + "norm2"),
+    *_both(_TOWER + "mlp.fc1", _BLOCK + "mlp.fc1"),
+    *_both(_TOWER + "mlp.fc2", _BLOCK + "mlp.fc2"),
+    *_both("post_layernorm", "norm"),
+    *_rename(**{"attn_pool.latent": "head.probe", "projection.weight": "visual_projection.weight"}),
+    *(
+        Rule(
+            (f"head.attention.in_proj_{leaf}",),
+            (f"attn_pool.q.{leaf}", f"attn_pool.kv.{leaf}"),
+            lambda x: (x[: len(x) // 3], x[len(x) // 3 :]),
+        )
+        for leaf in ("weight", "bias")
+    ),
+    *_both("head.attention.out_proj", "attn_pool.proj"),
+    *_both("head.layernorm", "attn_pool.norm"),
+    *_both("head.mlp.fc1", "attn_pool.mlp.fc1"),
+    *_both("head.mlp.fc2", "attn_pool.mlp.fc2"),
+)
+CLIP = Layout(
+    "Hugging Face CLIP, the image tower",
+    ("embeddings.patch_embedding.weight", "pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    _TOWER_RULES,
+    left_out={
+        r"text_model\..*|text_projection\..*|logit_scale|logit_bias": "the half for texts",
+        r"(vision_model\.)?embeddings\.position_ids": "numbers of the positions",
+    },
+    prefixes=("vision_model.",),
+    activation="",  # quick_gelu of OpenAI, gelu of others
+    norm_eps=1e-5,
+    family="clip",
+)
+SIGLIP = CLIP._replace(
+    name="Hugging Face SigLIP, the image tower",
+    marks=("embeddings.patch_embedding.weight", "post_layernorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    family="siglip",
+)
+SIGLIP_CLASSIFIER = SIGLIP._replace(
+    name="Hugging Face SigLIP with a classifier",
+    marks=(*SIGLIP.marks, "classifier.weight"),
+    rules=(*(r for r in _TOWER_RULES if not r.sources[0].startswith("head.")), *_both("classifier", "head")),
+    left_out={**SIGLIP.left_out, r"(vision_model\.)?head\..*": "attention pooling, which the classifier does not read"},
+)
+
+_RES = "transformer.resblocks.{i}."
+_TEXTS = {
+    r"(.*\.)?(text|transformer|token_embedding|text_projection|ln_final|text_decoder)[._].*|"
+    r"(.*\.)?(text_projection|positional_embedding|cls_emb|logit_scale|logit_bias)": "the half for texts",
+    r"input_resolution|context_length|vocab_size": "numbers of the model's sizes",
+}
+OPEN_CLIP = Layout(  # https://github.com/openai/CLIP, clip/model.py; open_clip's transformer.py has the same names
+    "the image tower of a CLIP of OpenAI's or open_clip's names",
+    ("class_embedding", "conv1.weight", "transformer.resblocks.0.attn.in_proj_weight"),
+    (
+        Rule(("class_embedding",), ("cls_token",), lambda x: (x[None, None],)),
+        Rule(("positional_embedding",), ("pos_embed",), lambda x: (x[None],)),
+        *_both("conv1", "patch_embed.proj"),
+        *_both("ln_pre", "norm_pre"),
+        *(rule for n in "12" for rule in _both(_RES + f"ln_{n}", _BLOCK + f"norm{n}")),
+        *(Rule((_RES + f"attn.in_proj_{leaf}",), (_BLOCK + f"attn.qkv.{leaf}",)) for leaf in ("weight", "bias")),
+        *_both(_RES + "attn.out_proj", _BLOCK + "attn.proj"),
+        *_both(_RES + "mlp.c_fc", _BLOCK + "mlp.fc1"),
+        *_both(_RES + "mlp.c_proj", _BLOCK + "mlp.fc2"),
+        *(Rule((_RES + f"ls_{n}.gamma",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"),
+        *_both("ln_post", "norm"),
+        Rule(("proj",), ("projection.weight",), lambda x: (x.T,)),
+    ),
+    beside=_TEXTS,
+    activation="",
+    norm_eps=1e-5,
+    family="clip",
+)
+TRUNK = "trunk."
+OPEN_CLIP_TIMM = TIMM._replace(  # open_clip's timm_model.py
+    name="the image tower of open_clip, a model of timm",
+    marks=(TRUNK + "blocks.0.attn.qkv.weight", TRUNK + "patch_embed.proj.weight"),
+    rules=(
+        *(rule._replace(sources=tuple(TRUNK + source for source in rule.sources)) for rule in _TIMM),
+        Rule(("head.proj.weight",), ("projection.weight",)),
+    ),
+    beside=_TEXTS,
+    family="clip",
+)
+
+
+def _some_biases(sources: tuple[str, ...], target: str) -> tuple[Rule, ...]:
+    """One bias of queries, keys and values, of which some are not there: zeros stand for these."""
+
+    def rule(there: tuple[int, ...]) -> Rule:
+        def make(*found: np.ndarray) -> Arrays:
+            own = dict(zip(there, found, strict=True))
+            return _rows(*(own.get(n, np.zeros_like(found[0])) for n in range(len(sources))))
+
+        return Rule(tuple(sources[n] for n in there), (target,), make)
+
+    every = range(len(sources))
+    return tuple(rule(there) for size in (3, 2, 1) for there in itertools.combinations(every, size))
+
+
+_D3 = "layer.{i}."
+DINOV3 = Layout(
+    "Hugging Face DINOv3",
+    ("embeddings.patch_embeddings.weight", "layer.0.attention.k_proj.weight", "embeddings.register_tokens"),
+    (
+        *_rename(cls_token="embeddings.cls_token", reg_token="embeddings.register_tokens"),
+        *_both("embeddings.patch_embeddings", "patch_embed.proj"),
+        *_both(_D3 + "norm1", _BLOCK + "norm1"),
+        Rule(tuple(f"{_D3}attention.{n}_proj.weight" for n in "qkv"), (_BLOCK + "attn.qkv.weight",), _rows),
+        *_some_biases(tuple(f"{_D3}attention.{n}_proj.bias" for n in "qkv"), _BLOCK + "attn.qkv.bias"),
+        *_both(_D3 + "attention.o_proj", _BLOCK + "attn.proj"),
+        *(Rule((f"{_D3}layer_scale{n}.lambda1",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"),
+        *_both(_D3 + "norm2", _BLOCK + "norm2"),
+        *_packed(_D3 + "mlp.gate_proj", _D3 + "mlp.up_proj"),
+        *_both(_D3 + "mlp.up_proj", _BLOCK + "mlp.fc1"),
+        *_both(_D3 + "mlp.down_proj", _BLOCK + "mlp.fc2"),
+        *_both("norm", "norm"),
+    ),
+    left_out={r"rope_embeddings\.inv_freq": "frequencies that follow from rope_theta"},
+    prefixes=("model.",),
+    norm_eps=1e-5,
+    rotary=100.0,
+    family="dinov3",
+    any_image=True,
 )
 
 _LAYER = "encoder.layers.encoder_layer_{i}."
@@ -191,6 +425,11 @@ def _flax_norm(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+def _flax_matrix(x: np.ndarray) -> Arrays:
+    """[D, H, Q] -> [H * Q, D]."""
+    return (x.reshape(len(x), -1).T,)
+
+
 def _flax_block(norm1: str, attention: str, norm2: str, mlp: str) -> tuple[Rule, ...]:
     block = "Transformer/encoderblock_{i}/"
     a = block + attention
@@ -199,7 +438,7 @@ def _flax_block(norm1: str, attention: str, norm2: str, mlp: str) -> tuple[Rule,
         Rule(
             tuple(f"{a}/{n}/kernel" for n in ("query", "key", "value")),
             (_BLOCK + "attn.qkv.weight",),
-            lambda *parts: _rows(*(p.reshape(len(p), -1).T for p in parts)),  # [D, H, Q] -> [H * Q, D]
+            lambda *parts: _rows(*(_flax_matrix(p)[0] for p in parts)),
         ),
         Rule(
             tuple(f"{a}/{n}/bias" for n in ("query", "key", "value")),
@@ -211,6 +450,30 @@ def _flax_block(norm1: str, attention: str, norm2: str, mlp: str) -> tuple[Rule,
         *_flax_norm(block + norm2, _BLOCK + "norm2"),
         *_flax_linear(f"{block}{mlp}/Dense_0", _BLOCK + "mlp.fc1"),
         *_flax_linear(f"{block}{mlp}/Dense_1", _BLOCK + "mlp.fc2"),
+    )
+
+
+def _flax_pool() -> tuple[Rule, ...]:
+    """big_vision's MAPHead, attention pooling."""
+    a = "MAPHead_0/MultiHeadDotProductAttention_0"
+    return (
+        *_rename(**{"attn_pool.latent": "MAPHead_0/probe"}),
+        Rule((f"{a}/query/kernel",), ("attn_pool.q.weight",), _flax_matrix),
+        Rule((f"{a}/query/bias",), ("attn_pool.q.bias",), lambda x: (x.reshape(-1),)),
+        Rule(
+            (f"{a}/key/kernel", f"{a}/value/kernel"),
+            ("attn_pool.kv.weight",),
+            lambda *parts: _rows(*(_flax_matrix(p)[0] for p in parts)),
+        ),
+        Rule(
+            (f"{a}/key/bias", f"{a}/value/bias"),
+            ("attn_pool.kv.bias",),
+            lambda *parts: _rows(*(p.reshape(-1) for p in parts)),
+        ),
+        Rule((f"{a}/out/kernel",), ("attn_pool.proj.weight",), lambda x: (x.reshape(-1, x.shape[-1]).T,)),
+        Rule((f"{a}/out/bias",), ("attn_pool.proj.bias",)),
+        *_flax_norm("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
+        *(r for n in "01" for r in _flax_linear(f"MAPHead_0/MlpBlock_0/Dense_{n}", f"attn_pool.mlp.fc{int(n) + 1}")),
     )
 
 
@@ -238,7 +501,16 @@ VISION_TRANSFORMER = Layout(
 BIG_VISION = VISION_TRANSFORMER._replace(
     name="big_vision .npz",
     marks=("embedding/kernel", "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"),
-    rules=_flax(_flax_block("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")),
+    rules=(
+        *_flax(_flax_block("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")),
+        *_flax_pool(),
+    ),
+    beside={
+        r"(.*/)?txt/.*": "the half for texts",
+        r"(.*/)?[tb]": "temperature and bias of the loss",
+        r"(.*/)?opt/.*": "the optimizer",
+        r"chrono/.*": "times of the training",
+    },
 )
 
 
@@ -296,14 +568,23 @@ NVIT_DENSE = Layout(
 )
 
 LAYOUTS = (  # the more particular first
+    OPEN_CLIP_TIMM,
     NVIT_PRUNED,
     NVIT_DENSE,
     DEIT3,
+    DINOV2_REGISTERS,
     DINOV2,
     TIMM,
     TIMM_WITHOUT_CLASS_TOKEN,
+    *HUGGING_FACE_DINOV2,
     HUGGING_FACE,
     HUGGING_FACE_5,
+    OPEN_CLIP,
+    CLIP,
+    SIGLIP_CLASSIFIER,
+    SIGLIP,
+    DINOV3,
+    IJEPA_5,
     TORCHVISION,
     VISION_TRANSFORMER,
     BIG_VISION,

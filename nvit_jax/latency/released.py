@@ -9,7 +9,7 @@ import numpy as np
 
 from nvit_jax.errors import UserError
 from nvit_jax.files import read_json
-from nvit_jax.latency.table import monotone
+from nvit_jax.latency.table import check_axes, monotone
 from nvit_jax.model.dims import ViTDims
 
 
@@ -21,6 +21,8 @@ class ReleasedTable:
     """
 
     device = "V100 (released NViT table)"
+
+    of_blocks = True  # a sum over the blocks, given embed
 
     def __init__(self, axes: Sequence[Sequence[int]], seconds: np.ndarray) -> None:
         self.axes = [list(a) for a in axes]
@@ -47,6 +49,7 @@ class ReleasedTable:
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{path} is not a latency table of the released NViT ({error!r})") from error
         axes = (embed, heads, qk, v, mlp)
+        check_axes(axes, str(path))
         seconds = np.zeros([len(a) for a in axes])
         for index in np.ndindex(*seconds.shape):
             e, h, q, w, m = (axis[i] for axis, i in zip(axes, index, strict=True))
@@ -63,13 +66,19 @@ class ReleasedTable:
     def _block_seconds(self, embed: int, heads: int, qk: int, v: int, mlp: int) -> float:
         """One block. UserError for a width outside of the table."""
         widths = (embed, heads, qk, v, mlp)
+        if not heads:
+            raise UserError("the released latency table knows no block without heads; keep the floor of head at 1")
         for name, width, (low, high) in zip(("EMB", "heads", "QK", "V", "MLP"), widths, self._limits, strict=True):
             if not low <= width <= high:
                 raise UserError(f"the released latency table knows {name} from {low} to {high}, not {width}")
         return float(self._interpolate([widths])[0])
 
     def blocks(self, dims: ViTDims) -> list[float]:
-        """Seconds of every block."""
+        """Seconds of every block. UserError for parts of other kinds than those that were measured."""
+        unknown = {"gated mlp (SwiGLU)": dims.gated, "norm of queries and keys": dims.qk_norm_count}
+        for what, there in (unknown | {"rotary positions": dims.rotary}).items():
+            if there:
+                raise UserError(f"the released latency table knows no {what}; measure one, or take a target of MACs")
         return [
             self.block_seconds(dims.embed, h, q, v, m)
             for h, q, v, m in zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True)

@@ -11,6 +11,8 @@ from nvit_jax.latency.roofline import Roofline
 from nvit_jax.latency.table import LatencyTable
 from nvit_jax.latency.timing import device_name
 from nvit_jax.model.dims import ViTDims
+from nvit_jax.model.sizes import words
+from nvit_jax.paths import named
 
 Latency = LatencyTable | ReleasedTable | Roofline
 Milliseconds = Callable[[ViTDims], float]
@@ -18,7 +20,7 @@ Milliseconds = Callable[[ViTDims], float]
 
 def read_latency(path: str | pathlib.Path) -> LatencyTable | ReleasedTable:
     """A table that `LatencyTable.save` or a latency stage wrote, or the released NViT's JSON. Raises UserError."""
-    path = pathlib.Path(path)
+    path = named(path)
     values = read_json(path)
     if isinstance(values, dict) and any(str(key).startswith("EMB_") for key in values):
         return ReleasedTable.read(path)
@@ -34,7 +36,7 @@ def check_latency(found: Any, dims: ViTDims, batch: int, dtype: str) -> None:
         if (dims.image, dims.patch, dims.depth) != (224, 16, 12):
             raise UserError(
                 " was measured for 12 blocks at 224 pixels in patches of 16; this model has "
-                f"{dims.depth} at {dims.image} in patches of {dims.patch}",
+                f"{dims.depth} at {words(dims.image)} in patches of {words(dims.patch)}",
                 "latency_table",
             )
 

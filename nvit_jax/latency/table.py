@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,30 +28,66 @@ import jax
 import numpy as np
 
 import nvit_jax
+from nvit_jax import schema
 from nvit_jax.errors import UserError
-from nvit_jax.files import read_json, write_json
+from nvit_jax.files import check_shape, read_json, write_json
 from nvit_jax.latency import timing
 from nvit_jax.model.dims import ViTDims, attention_macs, count_macs, mlp_macs
 from nvit_jax.model.vit import PARTS
+from nvit_jax.paths import named
 
 AXES = ("embed", "heads", "qk", "v", "mlp")
 _KIND = {"embed": "embed", "heads": "head", "qk": "qk", "v": "v", "mlp": "mlp"}
+_OBJECT = schema.Table(schema.ANYTHING)
 _GROUP = 12  # cells that are compiled and timed together; what a kill loses
 _DEPTH = 3  # blocks in a row in a timed piece: alone, one pays for fresh memory that a model's blocks use again
-_SAME = ("image", "patch", "channels", "classes", "depth", "cls_token", "dist_token", "registers", "pool")
+# What pruning changes, and what costs the same whatever its value. All else must be that of the measured model.
+_FREE = ("embed", "heads", "qk", "v", "mlp", "qk_scale", "norm_eps")
+_SAME = ("depth", *(field.name for field in dataclasses.fields(ViTDims) if field.name not in _FREE))
+_LEAST = 0.01  # of the larger factor: a part that costs less has come out of the fit as free
+
+_MOST_CELLS = 10**7  # of the grid over all axes; a measured one has a thousand
+SHARED = (
+    "the whole models do not tell what attention costs beside the rest, which would come out free; both share one "
+    "factor, and the ratio between kinds is that of the pieces alone"
+)
 
 Cell = tuple[str, tuple[int, ...]]  # ("attention", (embed, heads, qk, v)), ("mlp", (embed, mlp)) or ("rest", (embed,))
 Record = dict[str, Any]  # {"ms": median, "spread": half the interquartile range over the median} or {"skipped": why}
 
 
+WRITTEN = "what a latency stage writes"
+_TEXT, _WIDTHS = schema.Text(), schema.Each(schema.whole(1))
+TABLE = schema.Record(  # what `LatencyTable.save` writes
+    {
+        **dict.fromkeys(("dims", "cells"), _OBJECT),
+        **dict.fromkeys(("dtype", "device"), _TEXT),
+        "batch": schema.whole(1),
+        "axes": schema.Record(dict.fromkeys(AXES, _WIDTHS)),
+        "models": schema.Each(_OBJECT),
+    }
+)
+
+
+def check_axes(axes: Sequence[Sequence[int]], name: str) -> None:
+    """UserError for a grid of which a few lines of a file would fill the memory."""
+    if math.prod(len(axis) for axis in axes) > _MOST_CELLS:
+        lengths = " x ".join(str(len(axis)) for axis in axes)
+        raise UserError(f"{name}: a grid of {lengths} widths is not meant to be; at most {_MOST_CELLS:,} cells are")
+
+
 class LatencyTable:
     """Milliseconds for one batch of `batch` images, as a function of dims; built from what `measure_table` returns.
 
-    A width below the grid, which ends at one group, costs what the narrowest of the grid does. Raises UserError for a
+    A width below the grid, which ends at one group, costs what the narrowest of the grid does; a part that a block does
+    not have costs 0. Raises UserError for a
     missing, negative or non-finite cell, naming it, and when called with a width above the grid.
     """
 
+    of_blocks = True  # a sum over the blocks, given embed
+
     def __init__(self, values: Mapping[str, Any], name: str = "the latency table") -> None:
+        check_shape(name, values, TABLE, WRITTEN)
         self.values, self.name = values, name
         try:
             self.dims = ViTDims.from_json(values["dims"])
@@ -59,10 +96,11 @@ class LatencyTable:
             cells = {str(name): dict(record) for name, record in values["cells"].items()}
             whole = [(ViTDims.from_json(m["dims"]), float(m["ms"])) for m in values["models"] if "ms" in m]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{name} is not what a latency stage writes ({error!r})") from error
+            raise UserError(f"{name} is not {WRITTEN} ({error!r})") from error
         for axis, widths in self.axes.items():
             if not widths or any(a >= b for a, b in itertools.pairwise((0, *widths))):
                 raise UserError(f"{name}: the widths of {axis} must grow from above 0, they are {list(widths)}")
+        check_axes(list(self.axes.values()), name)
         for number, (_, whole_ms) in enumerate(whole):
             if not 0 < whole_ms < np.inf:
                 raise UserError(f"{name}: model {number} is {whole_ms}; it must be a positive number of ms")
@@ -79,7 +117,9 @@ class LatencyTable:
         self.disorder = max(float(np.max(np.abs(monotone(g) / g - 1))) for g in self._grids.values())
         self._grids = {piece: monotone(grid) for piece, grid in self._grids.items()}
         self.piece_ms = functools.lru_cache(maxsize=None)(self._piece_ms)
-        self.factors = np.array([1.0, 1.0, 0.0]) if not whole else _fit_factors(*self._rows(whole))
+        self.factors, self.shared = np.array([1.0, 1.0, 0.0]), False
+        if whole:
+            self.factors, self.shared = _fit_factors(*self._rows(whole))
         self.leave_one_out = self._leave_one_out(whole)
 
     def __call__(self, dims: ViTDims) -> float:
@@ -92,13 +132,13 @@ class LatencyTable:
     @classmethod
     def read(cls, path: str | pathlib.Path) -> "LatencyTable":
         """What `save` or a latency stage wrote. Raises UserError."""
-        return cls(read_json(pathlib.Path(path)), str(path))
+        return cls(read_json(named(path), TABLE, WRITTEN), str(path))
 
     def _parts(self, dims: ViTDims) -> np.ndarray:
         """[3] ms of attention and of all else, as the pieces alone say, and the blocks with more than one head."""
         blocks = list(zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True))
-        attention = sum(self.piece_ms("attention", (dims.embed, h, q, v)) for h, q, v, _ in blocks)
-        mlp = sum(self.piece_ms("mlp", (dims.embed, m)) for *_, m in blocks)
+        attention = sum(self.piece_ms("attention", (dims.embed, h, q, v)) for h, q, v, _ in blocks if h)
+        mlp = sum(self.piece_ms("mlp", (dims.embed, m)) for *_, m in blocks if m)
         return np.array([attention, mlp + self.piece_ms("rest", (dims.embed,)), sum(h > 1 for h in dims.heads)])
 
     def _piece_ms(self, piece: str, widths: tuple[int, ...]) -> float:
@@ -136,7 +176,7 @@ class LatencyTable:
         rows, ms = self._rows(whole)
         errors = []
         for i in range(1, len(ms)):
-            factors = _fit_factors(np.delete(rows, i, 0), np.delete(ms, i))
+            factors, _ = _fit_factors(np.delete(rows, i, 0), np.delete(ms, i))
             errors.append(abs((rows[i] @ factors) / (rows[0] @ factors) / (ms[i] / ms[0]) - 1))
         return float(np.median(errors))
 
@@ -163,15 +203,25 @@ def monotone(grid: np.ndarray) -> np.ndarray:
     return (low + high) / 2
 
 
-def _fit_factors(rows: np.ndarray, ms: np.ndarray) -> np.ndarray:
-    """Non-negative least squares of relative errors. The dense model, which is first, counts three times: all ratios
-    are to it. Fewer models than factors and one more share one factor."""
+def _fit_factors(rows: np.ndarray, ms: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Non-negative least squares of relative errors, and whether attention and all else had to share one factor.
+
+    The dense model, which is first, counts three times: all ratios are to it. Models which do not tell the two apart
+    would leave one of them free, and then removing its units would save nothing: the two share one factor, as they do
+    with fewer models than factors and one more.
+    """
+    one = np.array([1.0, 1.0, 0.0]) * np.median(ms / rows[:, :2].sum(1))
     if len(ms) < 4:
-        return np.array([1.0, 1.0, 0.0]) * np.median(ms / rows[:, :2].sum(1))
+        return one, False
     from scipy.optimize import nnls  # half a second of imports
 
     weight = np.where(np.arange(len(ms)) == 0, 3.0, 1.0)
-    return nnls(rows * (weight / ms)[:, None], weight)[0]
+    scaled = rows * (weight / ms)[:, None]
+    found = nnls(scaled, weight)[0]
+    if found[:2].min() > _LEAST * found[:2].max():
+        return found, False
+    both, several = nnls(np.stack([scaled[:, 0] + scaled[:, 1], scaled[:, 2]], 1), weight)[0]
+    return (np.array([both, both, several]) if both > 0 else one), True
 
 
 def _fill(dims: ViTDims, ms: Mapping[Cell, float | None]) -> dict[Cell, float]:
@@ -200,7 +250,7 @@ def grid_axes(dims: ViTDims, sizes: Mapping[str, int], counts: Mapping[str, int]
     axes = {}
     for axis in AXES:
         widths = getattr(dims, axis)
-        top, size = (widths, sizes["embed"]) if axis == "embed" else (max(widths), sizes[_KIND[axis]])
+        top, size = (widths, sizes["embed"]) if axis == "embed" else (max(*widths, 1), sizes[_KIND[axis]])
         size = 1 if axis == "heads" else size
         places = np.linspace(min(size, top), top, max(2, counts[axis]))
         axes[axis] = tuple(sorted({min(max(size, size * round(p / size)), top) for p in places} | {top}))

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nvit_jax.data.datasets import cores
-from nvit_jax.errors import UserError, check_choice
+from nvit_jax.errors import UserError, check_choice, first_line
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
+from nvit_jax.schema import check_fields, whole
 
 Call = Callable[[], Any]
+_MEMORY = threading.Lock()  # one program at a time is held against the free memory and takes its part of it
 
 
 class DoesNotFit(Exception):
@@ -76,13 +79,14 @@ def compile_piece(dims: ViTDims, name: str, batch: int, dtype: str) -> Call:
         memory = compiled.memory_analysis()
         assert memory is not None
         needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-        if needed > (free := free_bytes()):
-            raise DoesNotFit(f"needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
-        params, inputs = jax.tree.map(draw, shapes), draw(example)
-        jax.block_until_ready(compiled(params, inputs))
+        with _MEMORY:
+            if needed > (free := free_bytes()):
+                raise DoesNotFit(f"needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+            params, inputs = jax.tree.map(draw, shapes), draw(example)
+            jax.block_until_ready(compiled(params, inputs))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
-            raise DoesNotFit(str(error).splitlines()[0][:120]) from error
+            raise DoesNotFit(first_line(error, 120)) from error
         raise
     return lambda: jax.block_until_ready(compiled(params, inputs))
 
@@ -123,9 +127,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"={getattr(self, name)}: it must be at least 1", name)
+        check_fields(self, dict.fromkeys(("batch", "repeats"), whole(1, 10**9)))
 
 
 class Time(NamedTuple):

@@ -1,29 +1,64 @@
 """A model, and its directory on disk: `load_model` and `save_model`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from nvit_jax import files
-from nvit_jax.errors import UserError
-from nvit_jax.model import groups, vit
-from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax import files, paths
+from nvit_jax.errors import UserError, first_line
+from nvit_jax.model import fitting, groups, vit
+from nvit_jax.model.dims import KINDS, Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.model.masks import check_masks
 from nvit_jax.model.preprocessing import Preprocessing, as_images, normalise, preprocess
 from nvit_jax.model.regnet import RegNet, RegNetDims, regnet_shapes
 from nvit_jax.model.reshape import reshape
+from nvit_jax.model.sizes import Size
 from nvit_jax.model.summary import describe, one_line
-from nvit_jax.parallel import is_main
+from nvit_jax.parallel import fetch, is_main
+from nvit_jax.schema import ANYTHING, Choice, Each, Flag, Maybe, Number, Record, Shape, Sides, Table, Text, whole
 
 FORMAT = 1
+_MODEL = f"a model of format {FORMAT}"
 OWN = ("masks.npz", "model.json", "params")  # what a model directory holds; anything else in it is not ours
+
+_PREPROCESSING = Record(
+    {"size": Sides(whole(1)), "scale": Number(), "mean": Each(Number()), "std": Each(Number())},
+    {"resize": Maybe(Sides(whole(1))), "interpolation": Maybe(Text())},
+)
+_SIZE = whole(0, 2**24)
+_TYPES: dict[Any, Shape] = {
+    int: _SIZE,
+    Size: Sides(_SIZE),
+    float: Number(),
+    bool: Flag(),
+    str: Text(),
+    tuple[int, ...]: Each(_SIZE),
+}
+_DIMS = {
+    family: Record({}, {field.name: _TYPES[field.type] for field in dataclasses.fields(dims)})
+    for family, dims in (("vit", ViTDims), ("regnet", RegNetDims))
+}
+_FACTS = Record(  # model.json
+    {"format": Choice((FORMAT,)), "dims": Table(ANYTHING)},
+    {
+        "family": Choice(("vit", "regnet")),
+        "masked": Flag(),
+        "checksum": Maybe(whole(0)),
+        "preprocessing": Maybe(_PREPROCESSING),
+        "classes": Maybe(Each(Text())),
+        "variant": Maybe(Text()),
+        "provenance": Maybe(Table(ANYTHING)),
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -41,21 +76,35 @@ class Model:
     masks: Units | None = None
     info: dict[str, Any] = dataclasses.field(default_factory=dict)  # preprocessing, classes, variant, provenance
 
+    def __post_init__(self) -> None:
+        """UserError for dims that are none; parameters and masks are looked at where they are used."""
+        if not isinstance(self.dims, ViTDims):
+            raise UserError(f" is a {type(self.dims).__name__}; it must be ViTDims, such as nvit.preset gives", "dims")
+
     def __call__(self, images: Any) -> jax.Array:
-        """Logits [B, C] of images [B, image, image, channels], or [B, channels, image, image] as PyTorch has them.
+        """Logits [B, C] of images [B, height, width, channels], or [B, channels, height, width] as PyTorch has them.
 
         Floating-point images are normalised ones. Integer images are raw pixels; they are normalised as
         `preprocessing` says. Raises UserError for other shapes.
         """
         images = as_images(images, self.dims.image, self.dims.channels)
+        if not len(images):
+            raise UserError(": there are none", "images")
         return self.apply(self.params, normalise(images, self.preprocessing))
 
     def apply(self, params: Params, images: Any, masks: Units | None = None) -> jax.Array:
-        """Logits [B, C] of normalised images [B, image, image, channels]; `masks` default to the model's own.
+        """Logits [B, C] of normalised images [B, height, width, channels]; `masks` default to the model's own.
 
         A model without classes gives features [B, D], the mean over its class tokens.
         """
-        return _apply(self.dims, params, images, self.masks if masks is None else masks)
+        masks = self.masks if masks is None else masks
+        if masks is not None:  # their values cannot be seen any more inside of what is compiled
+            fitting.check_masks(masks, self.dims, len(images))
+        try:
+            return _apply(self.dims, params, images, masks)
+        except Exception:  # such as JAX has for what is no array, and Flax for what is missing
+            check_params(params, self.dims, "params")
+            raise
 
     def logits(self, params: Params, images: Any, dtype: Any = None) -> jax.Array:
         """Logits [B, C] as `apply`, to be traced inside a larger function: the protocol of a teacher."""
@@ -136,6 +185,8 @@ jax.tree_util.register_pytree_with_keys(
 def save_model(directory: str | pathlib.Path, model: Model) -> None:
     """Write a MODEL_DIR: model.json, params/ (Orbax), masks.npz when there are masks. Atomic.
 
+    model.json holds a checksum of the parameters, so that damage is found when they are read.
+
     A model directory that stands there is replaced, other files in it stay. Raises UserError for any other directory
     that is not empty, and for a file.
     """
@@ -149,20 +200,26 @@ def save_regnet(directory: str | pathlib.Path, model: RegNet) -> None:
 
 
 def _save(directory: str | pathlib.Path, model: Model | RegNet, facts: dict[str, Any], masks: Units | None) -> None:
-    _check_params(model.params, model.dims, "save_model")
+    params = fetch(model.params)
+    check_shapes(params, model.dims, "save_model")
+    check_weights(params, "save_model")
+    _check_info(model.info, model.dims)
+    try:
+        json.dumps(model.info)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"save_model: info cannot be written as JSON: {first_line(error)}") from error
     check_place(directory)
+    facts = {"format": FORMAT, "dims": model.dims.to_json(), "checksum": files.checksum(params)} | facts
     with files.new_directory(pathlib.Path(directory), OWN) as beside:
-        files.write_json(beside / "model.json", {"format": FORMAT, "dims": model.dims.to_json()} | facts | model.info)
-        files.save_arrays(beside / "params", model.params)
+        files.write_json(beside / "model.json", facts | model.info | facts)  # in this order, and facts hold
+        files.save_arrays(beside / "params", params)
         if masks is not None and is_main():
             np.savez(beside / "masks.npz", **masks._asdict())
 
 
 def check_place(directory: str | pathlib.Path) -> None:
     """UserError unless a model may be written there: to a new or an empty directory, or over another model."""
-    path = pathlib.Path(directory)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; a model needs a directory")
+    path = paths.for_writing(directory)
     others = sorted(path.iterdir()) if path.is_dir() else []
     if others and not is_model(path):
         raise UserError(
@@ -190,34 +247,82 @@ def load_model(directory: str | pathlib.Path) -> Model:
 
 def load_classifier(directory: str | pathlib.Path) -> Model | RegNet:
     """Read the directory of a Vision Transformer or of a CNN teacher. UserError as `load_model`."""
-    path = pathlib.Path(directory)
+    path = paths.named(directory)
+    if (found := paths.kind(path)) not in (None, "a directory"):
+        raise UserError(f"{path} is not a model directory: it is {found}, not a directory")
     files.recover(path)
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not a model directory: {'not a directory' if path.exists() else 'it does not exist'}"
-        )
-    info = files.read_json(path / "model.json")
-    if not isinstance(info, dict) or info.pop("format", None) != FORMAT:
-        raise UserError(f"{path / 'model.json'}: not a model of format {FORMAT}")
-    family, values, masked = info.pop("family", "vit"), info.pop("dims", {}), info.pop("masked", False)
-    dims = RegNetDims.from_json(values) if family == "regnet" else ViTDims.from_json(values)
+    if paths.kind(path) is None:
+        raise UserError(f"{path} is not a model directory: it does not exist")
+    info = files.read_json(path / "model.json", _FACTS, _MODEL)
+    info.pop("format")
+    family, values, masked = info.pop("family", "vit"), info.pop("dims"), info.pop("masked", False)
+    files.check_shape(path / "model.json", {"dims": values}, Record({"dims": _DIMS[family]}), _MODEL)
+    told = info.pop("checksum", None)  # directories written before 0.8 have none
+    with _named(path / "model.json"):
+        dims = RegNetDims.from_json(values) if family == "regnet" else ViTDims.from_json(values)
+        _check_info(info, dims)
     params = files.load_arrays(path / "params")
-    _check_params(params, dims, str(path / "params"))
+    check_shapes(params, dims, str(path / "params"))
+    if told is not None and files.checksum(params) != told:
+        raise UserError(f"{path / 'params'} is damaged: the checksum in model.json is another; make or copy it anew")
+    check_weights(params, str(path / "params"))
     if isinstance(dims, RegNetDims):
         return RegNet(dims, params, info)
     masks = None
+    if not masked and (path / "masks.npz").exists():
+        raise UserError(f"{path} holds masks.npz, and model.json says masked=false; move it away, or set masked=true")
     if masked:
-        try:
-            with np.load(path / "masks.npz", allow_pickle=False) as arrays:
-                masks = check_masks(Units(**{name: arrays[name] for name in arrays.files}), dims)
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path / 'masks.npz'} is missing or damaged: {error}") from error
+        with paths.opened(path / "masks.npz") as opened:
+            try:
+                with zipfile.ZipFile(opened), np.load(opened, allow_pickle=False) as arrays:
+                    if set(arrays.files) != set(KINDS):
+                        raise UserError(f"it holds {', '.join(arrays.files)}; masks are {', '.join(KINDS)}")
+                    masks = check_masks(Units(**{name: arrays[name] for name in KINDS}), dims)
+            except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path / 'masks.npz'} is missing or damaged: {first_line(error)}") from error
     return Model(dims, params, masks, info)
 
 
-def _check_params(params: Params, dims: ViTDims | RegNetDims, where: str) -> None:
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Errors about what a file says begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error.__cause__
+
+
+def _check_info(info: dict[str, Any], dims: ViTDims | RegNetDims) -> None:
+    """UserError unless the known preprocessing makes images for the model, and all classes or none have names."""
+    names, facts = info.get("classes"), info.get("preprocessing")
+    if names and len(names) != dims.classes:
+        raise UserError(f"classes names {len(names)} classes, the model has {dims.classes}; name all of them, or none")
+    if facts is None:
+        return
+    preprocessing = Preprocessing.from_json(facts)
+    if isinstance(dims, ViTDims):
+        preprocessing.check_for(dims.image, dims.channels)
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(dims: ViTDims | RegNetDims) -> dict[str, tuple[int, ...]]:
+    """Shapes by path."""
     wanted = regnet_shapes(dims) if isinstance(dims, RegNetDims) else vit.shapes(dims)
-    expected = {path: leaf.shape for path, leaf in groups.flatten(wanted)}
+    return {path: leaf.shape for path, leaf in groups.flatten(wanted)}
+
+
+def check_params(params: Params, dims: ViTDims, where: str) -> None:
+    """UserError for parameters of other shapes or types than the dims'; their values are not looked at."""
+    check_shapes(params, dims, where)
+    for path, leaf in groups.flatten(params):
+        _check_type(leaf, path, where)
+
+
+def check_shapes(params: Params, dims: ViTDims | RegNetDims, where: str) -> None:
+    """UserError that names the first parameter which is missing, surplus or of another shape than the dims ask for."""
+    if not isinstance(params, Mapping):
+        raise UserError(f"{where}: a {type(params).__name__}; parameters are nested dicts of arrays")
+    expected = _expected(dims)
     found = {path: np.shape(leaf) for path, leaf in groups.flatten(params)}
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):
@@ -225,6 +330,19 @@ def _check_params(params: Params, dims: ViTDims | RegNetDims, where: str) -> Non
                 f"{where}: {path} has shape {found.get(path, 'none (missing)')}, "
                 f"the dims ask for {expected.get(path, 'no such parameter')}"
             )
+
+
+def check_weights(params: Params, where: str) -> None:
+    """UserError that names the first parameter which holds NaN or infinity."""
     for path, leaf in groups.flatten(params):
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise UserError(f"{where}: {path} holds values that are not finite")
+        _check_type(leaf, path, where)
+        values = np.asarray(leaf)
+        if bad := int(np.size(values) - np.isfinite(values).sum()):
+            raise UserError(f"{where}: {path} holds values that are not finite ({bad:,} of {np.size(values):,})")
+
+
+def _check_type(leaf: Any, path: str, where: str) -> None:
+    """ "V" is NumPy's kind of bfloat16."""
+    if not hasattr(leaf, "dtype") or np.dtype(leaf.dtype).kind not in "fV":
+        what = getattr(leaf, "dtype", type(leaf).__name__)
+        raise UserError(f"{where}: {path} is of type {what}; parameters are arrays of floating-point numbers")

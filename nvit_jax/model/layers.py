@@ -1,14 +1,16 @@
-"""Layers of the Vision Transformer: linear, LayerNorm over kept channels, gates, dropout, stochastic depth.
+"""Layers of the Vision Transformer: linear, norms over kept channels, gates, dropout, stochastic depth.
 
 Random draws take one key per example, so that they do not depend on the number of devices.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Dtype = Any
 STD = 0.02
@@ -18,6 +20,40 @@ kernel_init = nn.initializers.truncated_normal(STD)
 def wide(dtype: Dtype) -> Dtype:
     """Statistics, softmax and losses run in at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _below(x: jax.Array) -> jax.Array:
+    """The part of a normal distribution that lies below x."""
+    return 0.5 * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the part of a normal distribution that lies below x.
+
+    Its derivative is written out, so that a backward pass keeps one array of it where the parts of the product are
+    several, the largest arrays of a block.
+    """
+    y = x.astype(wide(x.dtype))
+    return (y * _below(y)).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (t,) = primals, tangents
+    y = x.astype(wide(x.dtype))
+    below = _below(y)
+    slope = below + y * jnp.exp(-0.5 * jnp.square(y)) * np.sqrt(0.5 / np.pi).astype(y.dtype)
+    return (y * below).astype(x.dtype), t * slope.astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of the mlp, by the names of `ViTDims.activation`
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -48,7 +84,7 @@ _product.defvjp(_product_forward, _product_backward)
 class Dense(nn.Module):
     """A linear layer over the last `axes` axes: kernel [*inputs, *features], bias [*features].
 
-    In bfloat16 only the factors are rounded: gradients come out, and are summed over devices, in float32.
+    In bfloat16 factors and result are rounded: sums, and gradients over the devices, are float32.
     """
 
     features: tuple[int, ...]
@@ -65,6 +101,17 @@ class Dense(nn.Module):
         y = multiply(flat, kernel.reshape(flat.shape[-1], -1), self.dtype).reshape(*flat.shape[:-1], *self.features)
         y = y if bias is None else y + bias
         return y.astype(self.dtype or y.dtype)
+
+
+class Constant(nn.Module):
+    """What is left of a part without units: the bias [D] of its last layer, for every token of x [B, N, D]."""
+
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return jnp.broadcast_to(bias.astype(self.dtype or bias.dtype), x.shape)
 
 
 def multiply(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
@@ -96,6 +143,98 @@ class LayerNorm(nn.Module):
             variance = jnp.square(centred).sum(-1, keepdims=True) / count
             out = (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias) * kept
         return out.astype(self.dtype or x.dtype)
+
+
+class AttentionPool(nn.Module):
+    """What a learned query, the probe, sees of all tokens, and an mlp behind it: [B, N, D] -> [B, 1, W].
+
+    It is SigLIP's "map" head (Zhai et al. 2022, "Scaling Vision Transformers"; timm's AttentionPoolLatent). The pooled
+    vector has a width W of its own: of a pruned stream the keys and values read less, and all features stay.
+    """
+
+    width: int
+    heads: int
+    mlp: int
+    activation: str
+    eps: float
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = functools.partial(Dense, dtype=self.dtype)
+        size = self.width // self.heads
+        probe = self.param("probe", kernel_init, (self.width,))
+        q = dense((self.heads, size), name="q")(probe[None].astype(x.dtype))[0]
+        k = dense((self.heads, size), name="k")(x)
+        v = dense((self.heads, size), name="v")(x)
+        logits = jnp.einsum("hd,bnhd->bhn", q * size**-0.5, k)
+        weights = jax.nn.softmax(logits.astype(wide(logits.dtype))).astype(v.dtype)
+        y = dense((self.width,), axes=2, name="proj")(jnp.einsum("bhn,bnhv->bhv", weights, v)[:, None])
+        hidden = dense((self.mlp,), name="fc1")(LayerNorm(self.eps, self.dtype, name="norm")(y, None))
+        return y + dense((self.width,), name="fc2")(ACTIVATIONS[self.activation](hidden))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(sum of x^2 over the channels / count + eps).
+
+    It has no gain and no bias: what reads it can hold them. `count` is the number of channels before pruning, so that
+    what is left is scaled as it was (Zhang and Sennrich 2019, but for that). Removed channels are 0 in x already, and
+    need no gate.
+    """
+
+    count: int
+    eps: float
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array | None) -> jax.Array:
+        del gate
+        y = x.astype(wide(x.dtype))
+        out = y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) / self.count + self.eps)
+        return out.astype(self.dtype or x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k') v of each head: q, k [B, N, H, Q], v [B, N, H, V] -> [B, N, H, V].
+
+    Plain products of matrices with the heads in front are what a CPU has fast kernels for. The sum of the weights
+    divides their product with the values, which is smaller than the weights.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    logits = q @ jnp.swapaxes(k, 2, 3)
+    logits = logits.astype(wide(logits.dtype))
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    z = weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True)
+    return jnp.swapaxes(z.astype(v.dtype), 1, 2)
+
+
+class HeadNorm(nn.Module):
+    """The norm of queries or keys, in each head: x / sqrt(sum of x^2 over its dims / count + eps) * scale + bias.
+
+    x is [B, N, H, Q], or [B, N, H, Q, 2] of rotary pairs. `count` is the head's dims before pruning, so that what is
+    left is scaled as it was. Removed dims are to be 0 in x. A LayerNorm is one, of dims without their mean, which the
+    layer in front can leave out.
+    """
+
+    count: int
+    eps: float
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[2:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[2:])
+        y = x.astype(wide(x.dtype))
+        squares = jnp.square(y).sum(tuple(range(3, y.ndim)), keepdims=True)
+        out = y * jax.lax.rsqrt(squares / self.count + self.eps) * scale + bias
+        return out.astype(self.dtype or x.dtype)
+
+
+def turn(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Rotary positions: the pairs of x [B, N, H, Q, 2], each turned by the angle of its token [N, H, Q]."""
+    first, second = x[..., 0], x[..., 1]
+    turned = jnp.stack([first * cosines - second * sines, second * cosines + first * sines], -1)
+    return turned.astype(x.dtype)
 
 
 def gate(x: jax.Array, gate: jax.Array | None) -> jax.Array:

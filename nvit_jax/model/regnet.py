@@ -12,6 +12,7 @@ import numpy as np
 
 from nvit_jax.errors import UserError
 from nvit_jax.model.groups import Params, flatten, unflatten
+from nvit_jax.model.values import real, whole
 
 
 class Teacher(Protocol):
@@ -36,16 +37,29 @@ class RegNetDims:
     classes: int = 1000
     channels: int = 3
 
+    def __post_init__(self) -> None:
+        """UserError for numbers that cannot be a model."""
+        for name, most in (("group", 2**12), ("stem", 2**12), ("classes", 2**24), ("channels", 2**10)):
+            whole(f"dims of a RegNet: {name}", getattr(self, name), 1, most)
+        real("dims of a RegNet: squeeze", self.squeeze, 1e-3, 16.0)
+        for name, most in (("widths", 2**14), ("depths", 2**8)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not 0 < len(values) <= 16 or len(values) != len(self.widths):
+                raise UserError(f"dims of a RegNet: {name}={values!r} must hold one number for each of 1 to 16 stages")
+            for i, value in enumerate(values):
+                whole(f"dims of a RegNet: {name}[{i}]", value, 1, most)
+        if bad := [width for width in self.widths if width % self.group]:
+            raise UserError(f"dims of a RegNet: width {bad[0]} is not divisible by group={self.group}")
+
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RegNetDims":
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise UserError(f"dims of a RegNet: {error}") from error
+        if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise UserError(f"dims of a RegNet: unknown field(s) {', '.join(unknown)}")
+        return cls(**fields)
 
 
 class _Norm(nn.Module):

@@ -8,9 +8,10 @@ from nvit_jax.model.masks import kept_dims, normalize, to_numpy
 
 def one_line(dims: ViTDims, masks: Units | None = None, variant: str | None = None) -> str:
     """ "deit_tiny, 12 blocks of embed 192, 224 x 224 x 3 -> 1000 classes, 5.72 M parameters, 1.26 GMACs"."""
-    what = f"{dims.classes} classes" if dims.classes else f"{dims.embed} features"
+    what = f"{dims.classes} classes" if dims.classes else f"{dims.features} features"
+    height, width = dims.sides
     parts = [variant] if variant else []
-    parts += [f"{dims.depth} blocks of embed {dims.embed}", f"{dims.image} x {dims.image} x {dims.channels} -> {what}"]
+    parts += [f"{dims.depth} blocks of embed {dims.embed}", f"{height} x {width} x {dims.channels} -> {what}"]
     parts += [f"{count_params(dims) / 1e6:.3g} M parameters", _macs(count_macs(dims))]
     if masks is not None and not any(isinstance(m, jax.core.Tracer) for m in masks):
         left = kept_dims(normalize(to_numpy(masks)), dims)
@@ -23,7 +24,7 @@ def describe(dims: ViTDims, masks: Units | None = None) -> str:
     whole, masked = dims, masks is not None
     if masks is not None:
         dims = kept_dims(normalize(to_numpy(masks)), dims)
-    head = ("block", "heads", "query/key", "value", "mlp", "parameters", "MACs")
+    head = ("block", "heads", "query/key pairs" if dims.rotary else "query/key", "value", "mlp", "parameters", "MACs")
     rows = [head]
     for i, (h, q, v, m) in enumerate(zip(dims.heads, dims.qk, dims.v, dims.mlp, strict=True)):
         macs = attention_macs(dims, i) + mlp_macs(dims, i)

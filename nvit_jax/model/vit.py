@@ -7,6 +7,7 @@ everything that writes the residual stream, head and v = rows of the output proj
 bias, mlp = rows of fc2. In LayerNorm it is a constant: statistics run over the kept channels only.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,31 +16,55 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nvit_jax.model import groups
 from nvit_jax.model.dims import Units, ViTDims
+from nvit_jax.model.fitting import check_images, check_masks, check_params
 from nvit_jax.model.groups import Params
 from nvit_jax.model.layers import (
+    ACTIVATIONS,
     STD,
+    AttentionPool,
+    Constant,
     Dense,
     Dtype,
+    HeadNorm,
     LayerNorm,
+    RMSNorm,
+    attend,
     drop_path,
     dropout,
     gate,
     kernel_init,
     layer_keys,
     multiply,
+    turn,
     wide,
 )
+from nvit_jax.model.positions import rotary_angles
 
 PARTS = ("attention", "mlp")  # of a block
 PIECES = ("stem", "blocks", "classifier")  # of a model
+CLASSIFIERS = ("pre_logits", "head", "head_dist", "head_mean")  # parameters that read the features
 TAPS = "taps"  # the collection of what flows inside of a part, see `part`
 
 
+def make_norm(dims: ViTDims, dtype: Dtype, *, name: str) -> LayerNorm | RMSNorm:
+    """Of the kind that the dims say."""
+    if dims.norm == "rms":
+        return RMSNorm(count=dims.norm_count, eps=dims.norm_eps, dtype=dtype, name=name)
+    return LayerNorm(eps=dims.norm_eps, dtype=dtype, name=name)
+
+
 class Block(nn.Module):
-    """Attention and mlp, pre-norm. Kernels: q, k [D, H, Q], v [D, H, V], proj [H, V, D], fc1 [D, M], fc2 [M, D]."""
+    """Attention and mlp, pre-norm. Kernels: q, k [D, H, Q], v [D, H, V], proj [H, V, D], fc1 [D, M], fc2 [M, D].
+
+    With rotary positions q and k are [D, H, Q, 2]. A gated mlp has fc1_gate [D, M] as well, whose activation is
+    multiplied to fc1's output.
+
+    Of an attention without heads proj/bias is left, of an mlp without neurons fc2/bias: a constant in the stream.
+    """
 
     dims: ViTDims
     index: int  # whose widths to use; all blocks are alike under a scan
@@ -55,7 +80,7 @@ class Block(nn.Module):
         d, i = self.dims, self.index
         gates = gates if gates is not None else Units(None, None, None, None, None)
         dense = functools.partial(Dense, dtype=self.dtype)
-        norm = functools.partial(LayerNorm, eps=d.norm_eps, dtype=self.dtype)
+        norm = functools.partial(make_norm, d, self.dtype)
         branch_keys = [None] * 4 if keys is None else [layer_keys(keys, 4 * layer + 1 + j) for j in range(4)]
         rate = self.drop_path * layer / max(d.depth - 1, 1)
 
@@ -65,39 +90,75 @@ class Block(nn.Module):
                 branch = (branch.astype(wide(branch.dtype)) * scale).astype(branch.dtype)
             return gate(drop_path(branch, path_keys if self.drop_path else None, rate), embed)
 
-        if "attention" in self.parts:
+        def constant(name: str, *features: int) -> jax.Array:
+            self.sow(TAPS, "features", jnp.zeros((*x.shape[:2], *features), x.dtype))
+            return Constant(self.dtype, name=name)(x)
+
+        if "attention" in self.parts and not d.heads[i]:
+            y = constant("proj", 0, 0)
+            x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
+        elif "attention" in self.parts:
             y = norm(name="norm1")(x, embed)
             self.sow(TAPS, "inputs", y)
-            q = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="q")(y)
-            k = dense((d.heads[i], d.qk[i]), use_bias=d.qkv_bias, name="k")(y)
+            pair = (2,) if d.rotary else ()
+            q = dense((d.heads[i], d.qk[i], *pair), use_bias=d.qkv_bias, name="q")(y)
+            k = dense((d.heads[i], d.qk[i], *pair), use_bias=d.qkv_bias, name="k")(y)
             v = dense((d.heads[i], d.v[i]), use_bias=d.qkv_bias, name="v")(y)
+            q, k, qk_gate = self._inside(q, k, gates.qk)
             self.sow(TAPS, "queries", q)
             self.sow(TAPS, "keys", k)
-            logits = jnp.einsum("bqhd,bkhd->bhqk", gate(q, gates.qk) * d.qk_scale, k)
-            weights = jax.nn.softmax(logits.astype(wide(logits.dtype))).astype(v.dtype)
-            z = jnp.einsum("bhqk,bkhv->bqhv", weights, v)
-            z = gate(z, gates.v)
+            z = gate(attend(gate(q, qk_gate) * d.qk_scale, k, v), gates.v)
             z = z if gates.head is None else gate(z, gates.head[..., None])
             self.sow(TAPS, "features", z)
             y = dense((d.embed,), axes=2, name="proj")(z)
             x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
 
-        if "mlp" in self.parts:
+        if "mlp" in self.parts and not d.mlp[i]:
+            y = constant("fc2", 0)
+            x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
+        elif "mlp" in self.parts:
             y = norm(name="norm2")(x, embed)
             self.sow(TAPS, "inputs", y)
-            y = dense((d.mlp[i],), name="fc1")(y)
-            y = gate(jax.nn.gelu(y, approximate=d.activation == "gelu_tanh"), gates.mlp)
+            hidden = dense((d.mlp[i],), name="fc1")(y)
+            activation = ACTIVATIONS[d.activation]
+            y = activation(dense((d.mlp[i],), name="fc1_gate")(y)) * hidden if d.gated else activation(hidden)
+            y = gate(y, gates.mlp)
             self.sow(TAPS, "features", y)
             y = dense((d.embed,), name="fc2")(y)
             x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
         return x, None
 
+    def _inside(
+        self, q: jax.Array, k: jax.Array, units: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Queries and keys [B, N, H, dims] behind their norm and turned by their places, and the gates of the dims."""
+        d = self.dims
+        if d.qk_norm_count:
+            kept = None if units is None else jax.lax.stop_gradient(units[..., None] if d.rotary else units)
+            norm = functools.partial(HeadNorm, d.qk_norm_count, d.norm_eps, self.dtype)
+            q, k = norm(name="q_norm")(gate(q, kept)), norm(name="k_norm")(gate(k, kept))
+        if not d.rotary:
+            return q, k, units
+        numbers = self.param("rotary", lambda key, shape: _spread(d.rotary, shape), q.shape[2:4])
+        which = jnp.round(jax.lax.stop_gradient(numbers)).astype(jnp.int32)
+        angles, kind = rotary_angles(d), wide(q.dtype)
+        cosines, sines = (
+            jnp.take(jnp.asarray(table, kind), which, axis=1, mode="clip") for table in (np.cos(angles), np.sin(angles))
+        )
+        q, k = (turn(x, cosines, sines).reshape(*x.shape[:3], -1) for x in (q, k))
+        return q, k, None if units is None else jnp.repeat(units, 2, axis=-1)
+
+
+def _spread(pairs: int, shape: tuple[int, ...]) -> jax.Array:
+    """[H, Q] numbers of the pairs that a new model has, which of fewer than all are spread over them."""
+    return jnp.broadcast_to(jnp.arange(shape[-1]) * pairs // shape[-1], shape).astype(jnp.float32)
+
 
 class ViT(nn.Module):
-    """images [B, image, image, channels] -> logits [B, T, C], T the classifiers (class token, distillation token).
+    """images [B, height, width, channels] -> logits [B, T, C], T the classifiers (class token, distillation token).
 
-    Without classes the pooled features [B, T, D] come out. With some of the PIECES it begins or ends at the residual
-    stream [B, N, D].
+    Without classes features [B, T, dims.features] come out, pooled or projected. With some of the PIECES it begins or
+    ends at the residual stream [B, N, D].
     """
 
     dims: ViTDims
@@ -111,11 +172,12 @@ class ViT(nn.Module):
     def _stream(self, images: jax.Array) -> jax.Array:
         """Patch embedding, tokens and positions: [B, N, D]."""
         d = self.dims
-        shape = (d.patch, d.patch, d.channels, d.embed)
-        kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape))
-        patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=d.patch, q=d.patch)
+        height, width = d.patch_sides
+        shape = (height, width, d.channels, d.embed)
+        kernel = self.param("patch_embed", lambda key: _patch_embed(key, shape, d.patch_bias))
+        patches = einops.rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=height, q=width)
         # The stream begins in float32, so that the gradients of tokens and positions are summed in it.
-        x = multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel["bias"]
+        x = multiply(patches, kernel["kernel"].reshape(-1, d.embed), self.dtype) + kernel.get("bias", 0)
         tokens = []
         if d.cls_token:
             tokens.append(self.param("cls_token", kernel_init, (d.embed,))[None])
@@ -136,10 +198,14 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, masks: Units | None = None, keys: jax.Array | None = None) -> jax.Array:
-        embed = None if masks is None else masks.embed
+        d, embed = self.dims, None if masks is None else masks.embed
         x = images
         if "stem" in self.pieces:
-            x = gate(self._stream(images), embed)
+            x = self._stream(images)
+            if d.pre_norm:  # it writes the stream: the one place for derivatives of the gate
+                x = gate(x, None if embed is None else jax.lax.stop_gradient(embed))
+                x = make_norm(d, self.dtype, name="pre_norm")(x, embed)
+            x = gate(x, embed)
             x = dropout(x, None if keys is None else layer_keys(keys, 0), self.dropout)
         if "blocks" in self.pieces:
             x = self._blocks(x, masks, embed, keys)
@@ -147,12 +213,12 @@ class ViT(nn.Module):
 
     def _blocks(self, x: jax.Array, masks: Units | None, embed: jax.Array | None, keys: Any) -> jax.Array:
         d = self.dims
-        block = functools.partial(Block, d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
+        kept = functools.partial(nn.remat, prevent_cse=not self.scan) if self.remat else lambda block: block
+        block = functools.partial(kept(Block), d, dtype=self.dtype, drop_path=self.drop_path, dropout=self.dropout)
         gates = None if masks is None else masks._replace(embed=None)
         if self.scan:
-            inner = nn.remat(Block, prevent_cse=False) if self.remat else Block
             blocks = nn.scan(
-                inner,
+                kept(Block),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),
@@ -166,41 +232,64 @@ class ViT(nn.Module):
 
     def _classify(self, x: jax.Array, embed: jax.Array | None) -> jax.Array:
         d = self.dims
-        norm = LayerNorm(eps=d.norm_eps, dtype=self.dtype, name="norm")
+        norm = make_norm(d, self.dtype, name="norm")
         if not d.norm_after_pool:
             x = norm(x, embed)
-        if d.pool == "mean":
-            x = x[:, d.prefix if d.mean_over == "patches" else 0 :].mean(1, keepdims=True)
-        else:
-            x = x[:, : d.classifiers]
+        if d.pool != "class":
+            pooled = x[:, d.prefix if d.mean_over == "patches" else 0 :]
+            self.sow(TAPS, "pooled", pooled)
+            pooled = self._pool(pooled)
+        x = x[:, : d.classifiers] if d.pool in ("class", "class_mean") else pooled
         if d.norm_after_pool:
             x = norm(x, embed)
+        if d.projection:
+            x = Dense((d.projection,), use_bias=False, name="projection")(x.astype(wide(x.dtype)))
         if not d.classes:
             return x
         x = x.astype(wide(x.dtype))  # the classifiers are small, and their logits decide
         if d.pre_logits:
             x = jnp.tanh(Dense((d.pre_logits,), name="pre_logits")(x))
         names = ("head", "head_dist")[: d.classifiers]
-        return jnp.stack([Dense((d.classes,), name=n)(x[:, i]) for i, n in enumerate(names)], axis=1)
+        logits = jnp.stack([Dense((d.classes,), name=n)(x[:, i]) for i, n in enumerate(names)], axis=1)
+        if d.pool == "class_mean":
+            logits += Dense((d.classes,), use_bias=False, name="head_mean")(pooled.astype(x.dtype))
+        return logits
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, 1, D or pool_width]."""
+        d = self.dims
+        if d.pool == "map":
+            return AttentionPool(
+                d.pool_width, d.pool_heads, d.pool_mlp, d.activation, d.norm_eps, self.dtype, name="pool"
+            )(x)
+        mean, largest = x.mean(1, keepdims=True), x.max(1, keepdims=True)
+        return {"max": largest, "avgmax": (mean + largest) / 2}.get(d.pool, mean)
 
 
-def _patch_embed(key: jax.Array, shape: tuple[int, ...]) -> Params:
+def _patch_embed(key: jax.Array, shape: tuple[int, ...], bias: bool) -> Params:
     fan_in = shape[0] * shape[1] * shape[2]
     kernel = nn.initializers.lecun_normal()(key, (fan_in, shape[3])).reshape(shape)
-    return {"kernel": kernel, "bias": jnp.zeros(shape[3:])}
+    return {"kernel": kernel, "bias": jnp.zeros(shape[3:])} if bias else {"kernel": kernel}
 
 
 def stack_blocks(params: Params) -> Params:
-    """{"block_0": ..., "block_1": ...} -> {"blocks": leaves with a leading axis [L]}, narrow blocks padded with 0."""
-    blocks = [params[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in params))]
+    """{"block_0": ..., "block_1": ...} -> {"blocks": leaves with a leading axis [L]}, narrow blocks padded with 0.
 
-    def stack(*leaves: jax.Array) -> jax.Array:
-        shape = [max(sizes) for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)]
-        padded = [jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in leaves]
-        return jnp.stack(padded)
+    So are the blocks that lack a part: its norm and its matrices are 0, and nothing but its bias comes out.
+    """
+    depth = sum(name.startswith("block_") for name in params)
+    blocks = [dict(groups.flatten(params[f"block_{i}"])) for i in range(depth)]
+
+    def stack(path: str) -> jax.Array:
+        there = [block[path] for block in blocks if path in block]
+        shape = [max(sizes) for sizes in zip(*(leaf.shape for leaf in there), strict=True)]
+        nothing = jnp.zeros((0,) * len(shape), there[0].dtype)
+        leaves = [block.get(path, nothing) for block in blocks]
+        return jnp.stack([jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) for x in leaves])
 
     rest = {name: value for name, value in params.items() if not name.startswith("block_")}
-    return rest | {"blocks": jax.tree.map(stack, *blocks)}
+    paths = dict.fromkeys(path for block in blocks for path in block)
+    return rest | {"blocks": groups.unflatten({path: stack(path) for path in paths})}
 
 
 def forward(
@@ -216,7 +305,7 @@ def forward(
     remat: bool = False,
     unroll: bool = False,
 ) -> jax.Array:
-    """Logits [B, T, C] of images [B, image, image, channels]; T classifiers, to be averaged at evaluation.
+    """Logits [B, T, C] of images [B, height, width, channels]; T classifiers, to be averaged at evaluation.
 
     Args:
       params: the per-block layout of `init`; compact (possibly ragged) widths as in `dims`.
@@ -227,12 +316,33 @@ def forward(
       drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
       remat: recompute the blocks in the backward pass.
       unroll: never scan.
+
+    Raises UserError for images, parameters and masks of other shapes.
     """
+    check_images(images, dims)
+    check_params(params, dims, padded=True)
+    if masks is not None:
+        check_masks(masks, dims, len(images))
     scan = not unroll and (masks is not None or dims.is_uniform)
     module = ViT(
         dims.padded() if scan else dims, scan=scan, remat=remat, dtype=dtype, drop_path=drop_path, dropout=dropout
     )
     return module.apply({"params": stack_blocks(params) if scan else params}, images, masks, keys)  # type: ignore[return-value]
+
+
+def without_classifier(dims: ViTDims, params: Params) -> tuple[ViTDims, Params]:
+    """The same model up to what its classifiers read: its features [B, T, D] come out of it.
+
+    Of a classifier that reads class token and mean, the class token.
+    """
+    pool = "class" if dims.pool == "class_mean" else dims.pool
+    rest = {name: value for name, value in params.items() if name not in CLASSIFIERS}
+    return dataclasses.replace(dims, classes=0, pre_logits=0, pool=pool), rest
+
+
+def features(dims: ViTDims, params: Params, images: Any, masks: Units | None = None, **options: Any) -> jax.Array:
+    """[B, T, D], pooled and behind the last norm: what the classifiers read, or would. Arguments as `forward`."""
+    return forward(*without_classifier(dims, params), images, masks, **options)
 
 
 def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: float = 0.02) -> Params:
@@ -241,7 +351,7 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
     Kernels and tokens are truncated normal with `std` (DeiT: 0.02, right for wide models; a narrow one learns
     faster with more), positions with `position_std`; patches come out of their embedding with the images' own scale.
     """
-    images = jnp.zeros((1, dims.image, dims.image, dims.channels))
+    images = jnp.zeros((1, *dims.sides, dims.channels))
     module = ViT(dims, scan=dims.is_uniform)
     params = jax.jit(lambda key: module.init(key, images)["params"])(key)
     if dims.is_uniform:
@@ -258,12 +368,26 @@ def init(dims: ViTDims, key: jax.Array, *, std: float = 0.02, position_std: floa
 
 def stem(dims: ViTDims, params: Params, images: Any, embed: jax.Array | None = None) -> jax.Array:
     """Images -> the residual stream [B, N, D] in front of the first block. `embed` [D]: its gates."""
+    check_images(images, dims)
     return _some(dims, ("stem",), params, images, embed)
 
 
 def classify(dims: ViTDims, params: Params, x: jax.Array, embed: jax.Array | None = None) -> jax.Array:
     """The residual stream [B, N, D] behind the last block -> logits [B, T, C]."""
     return _some(dims, ("classifier",), params, x, embed)
+
+
+def readout(dims: ViTDims, params: Params, x: jax.Array, embed: jax.Array | None = None) -> jax.Array:
+    """The residual stream -> what the first layer behind the blocks reads of it: [B, T, D], under attention pooling all
+    tokens that are pooled."""
+    if dims.pool != "map":
+        pools = ("class", "mean") if dims.pool == "class_mean" else (dims.pool,)
+        bare = [dataclasses.replace(dims, classes=0, pre_logits=0, projection=0, pool=pool) for pool in pools]
+        return jnp.concatenate([classify(one, params, x, embed) for one in bare], 1)
+    gates = Units(embed, None, None, None, None)
+    _, found = ViT(dims, scan=False, pieces=("classifier",)).apply({"params": params}, x, gates, mutable=[TAPS])
+    pooled: jax.Array = found[TAPS]["pooled"][0]
+    return pooled
 
 
 def _some(dims: ViTDims, pieces: tuple[str, ...], params: Params, x: Any, embed: jax.Array | None) -> jax.Array:
@@ -309,7 +433,7 @@ def piece(dims: ViTDims, name: str, dtype: Dtype) -> tuple[Callable[[Params, jax
 
         return run, params, stream
     module = ViT(dims, scan=False, dtype=dtype, pieces=("stem", "classifier") if name == "rest" else PIECES)
-    images = jax.ShapeDtypeStruct((1, dims.image, dims.image, dims.channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *dims.sides, dims.channels), jnp.float32)
     params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], images)
     return lambda p, x: module.apply({"params": p}, x).mean(1), params, images  # type: ignore[union-attr]
 

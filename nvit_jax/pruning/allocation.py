@@ -29,14 +29,14 @@ parts and options, so that the same scores give the same answer.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 
-from nvit_jax.model.dims import Units, ViTDims
-from nvit_jax.model.masks import check_masks, kept_dims, normalize
-from nvit_jax.pruning.ranking import Policy, Ranking, Removal, Target, groups, remove
+from nvit_jax.model.dims import Units, ViTDims, with_widths
+from nvit_jax.model.masks import check_masks, check_scores, kept_dims, normalize
+from nvit_jax.pruning.ranking import Policy, Ranking, Removal, Target, costs_of, groups, remove
 
 _STEPS = 30  # bisections of the price
 _CUTS = 100  # cutting planes at most
@@ -55,7 +55,10 @@ class _Gone(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """How many groups go: of embed, and of each block's heads, query/key dims, value dims and neurons."""
+    """How many groups go: of embed, and of each block's heads, query/key dims, value dims and neurons.
+
+    Dims that go along with the last head are not counted.
+    """
 
     embed: int
     blocks: tuple[tuple[int, int, int, int], ...]
@@ -94,9 +97,19 @@ class _Options:
             mlp.append(walk("mlp", block, masks))
         return cls(kept_dims(masks, dims), walk("embed", 0, masks), heads, qk, v, mlp)
 
+    def attention(self, block: int) -> list[tuple[int, int, int]]:
+        """All that may go of an attention part: groups of heads, query/key dims and value dims."""
+        rows = zip(self.qk[block], self.v[block], strict=True)
+        return [
+            (h, q, v)
+            for h, (qk, values) in enumerate(rows)
+            for q in range(len(qk.units))
+            for v in range(len(values.units))
+        ]
+
     def dims(self, choice: _Choice) -> ViTDims:
         now, gone = self.now, list(enumerate(choice.blocks))
-        return dataclasses.replace(
+        return with_widths(
             now,
             embed=now.embed - self.embed.units[choice.embed],
             heads=tuple(now.heads[i] - self.heads[i].units[h] for i, (h, *_) in gone),
@@ -118,9 +131,18 @@ class _Part(NamedTuple):
     score: np.ndarray
     cost: np.ndarray
 
-    def at(self, prices: np.ndarray) -> np.ndarray:
-        """[n] score and priced cost together. No matrix product: its rounding depends on the machine."""
-        return self.score + (prices[:, None] * self.cost).sum(0)
+
+class _Stack(NamedTuple):
+    """Parts with the same costs, of alike blocks: where they are, their scores [P, n] and cost [T, n]."""
+
+    places: list[int]
+    score: np.ndarray
+    cost: np.ndarray
+
+
+def _together(options: _Part | _Stack, prices: np.ndarray) -> np.ndarray:
+    """[..., n] score and priced cost together. No matrix product: its rounding depends on the machine."""
+    return options.score + (prices[:, None] * options.cost).sum(0)
 
 
 class _Knapsack(NamedTuple):
@@ -128,18 +150,21 @@ class _Knapsack(NamedTuple):
 
     embed: int  # groups
     score: float  # of embed
-    shapes: list[tuple[int, int, int]]  # [L] of the attention options: heads, query/key dims, value dims
+    attention: list[list[tuple[int, int, int]]]  # [L] their options: groups of heads, query/key dims, value dims
     parts: list[_Part]
+    stacks: list[_Stack]  # the same parts
     room: np.ndarray  # [T] what the parts may cost together
 
     def choice(self, picks: Sequence[int]) -> _Choice:
-        attention = [np.unravel_index(pick, shape) for pick, shape in zip(picks[::2], self.shapes, strict=True)]
-        blocks = zip(attention, picks[1::2], strict=True)
-        return _Choice(self.embed, tuple((int(h), int(q), int(v), int(m)) for (h, q, v), m in blocks))
+        blocks = zip(self.attention, picks[::2], picks[1::2], strict=True)
+        return _Choice(self.embed, tuple((*options[pick], int(m)) for options, pick, m in blocks))
 
     def at(self, prices: np.ndarray) -> tuple[list[int], float, np.ndarray]:
         """The best options at these prices: which, their scores and embed's, and what they cost above the room [T]."""
-        picks = [int(np.argmin(part.at(prices))) for part in self.parts]
+        picks = [0] * len(self.parts)
+        for stack in self.stacks:
+            for place, pick in zip(stack.places, _together(stack, prices).argmin(1).tolist(), strict=True):
+                picks[place] = pick
         taken = list(zip(self.parts, picks, strict=True))
         score = self.score + sum(float(part.score[pick]) for part, pick in taken)
         return picks, score, sum(part.cost[:, pick] for part, pick in taken) - self.room
@@ -148,38 +173,41 @@ class _Knapsack(NamedTuple):
 def _knapsacks(options: _Options, targets: Sequence[Target]) -> Iterator[_Knapsack]:
     """One for each embed width. The cost of a part is what a model of one block costs, up to a constant."""
     now = options.now
-    shapes, scores = [], []
-    for i, heads in enumerate(options.heads):
-        qk, v = (np.array([gone.score for gone in kind[i]]) for kind in (options.qk, options.v))
-        score = np.array(heads.score)[:, None, None] + qk[:, :, None] + v[:, None, :]
-        shapes.append((score.shape[0], score.shape[1], score.shape[2]))
-        scores += [score.ravel(), np.array(options.mlp[i].score)]
+    attention = [options.attention(block) for block in range(now.depth)]
+    scores, gone, alike = [], [], []  # alike: blocks with the same widths and options have one number
+    known_blocks: dict[object, int] = {}
+    for i, (heads, qk, v, mlp) in enumerate(zip(options.heads, options.qk, options.v, options.mlp, strict=True)):
+        score = [heads.score[h] + qk[h].score[q] + v[h].score[w] for h, q, w in attention[i]]
+        scores += [np.array(score), np.array(mlp.score)]
+        gone.append(tuple((heads.units[h], qk[h].units[q], v[h].units[w]) for h, q, w in attention[i]))
+        own = (now.heads[i], now.qk[i], now.v[i], now.mlp[i], gone[i], tuple(mlp.units))
+        alike.append(known_blocks.setdefault(own, i))
+    stacked = []
+    for first in dict.fromkeys(alike):
+        for side in (0, 1):
+            places = [2 * i + side for i, other in enumerate(alike) if other == first]
+            stacked.append((places, np.array([scores[place] for place in places])))
     for embed, units in enumerate(options.embed.units):
-        known: dict[tuple[int, ...], list[float]] = {}
 
-        def price(*widths: int, width: int = now.embed - units, known: dict = known) -> list[float]:
-            if widths not in known:
-                h, q, v, m = widths
-                one = dataclasses.replace(now, embed=width, heads=(h,), qk=(q,), v=(v,), mlp=(m,))
-                known[widths] = [t.cost(one) / t.dense for t in targets]
-            return known[widths]
+        def price(heads: Any, qk: Any, v: Any, mlp: Any, width: int = now.embed - units) -> np.ndarray:
+            """[T, n] of the models of one block with these widths."""
+            return np.array([costs_of(t.cost, now, (width, heads, qk, v, mlp)) / t.dense for t in targets])
 
         costs: list[np.ndarray] = []
         grids: dict[object, np.ndarray] = {}
         for i, (h0, q0, v0, m0) in enumerate(zip(now.heads, now.qk, now.v, now.mlp, strict=True)):
-            gone = [tuple(g.units) for g in (options.heads[i], options.qk[i][0], options.v[i][0], options.mlp[i])]
-            alike = (h0, q0, v0, m0, *gone)
             # The mlp of an attention part at its own width, since a table may know no smaller one; and conversely.
-            if (0, alike) not in grids:
-                grids[0, alike] = np.array(
-                    [price(h0 - h, q0 - q, v0 - v, m0) for h, q, v in itertools.product(*gone[:3])]
-                ).T
-                grids[1, alike] = np.array([price(h0, q0, v0, m0 - m) for m in gone[3]]).T
-            costs += [grids[0, alike], grids[1, alike]]
-        whole = dataclasses.replace(now, embed=now.embed - units)
+            if (0, alike[i]) not in grids:
+                h, q, v = np.array(gone[i]).T
+                grids[0, alike[i]] = price(h0 - h, q0 - q, v0 - v, m0)
+                grids[1, alike[i]] = price(h0, q0, v0, m0 - np.array(options.mlp[i].units))
+            costs += [grids[0, alike[i]], grids[1, alike[i]]]
+        whole = with_widths(now, embed=now.embed - units)
         over = np.array([(t.cost(whole) - t.limit * (1 + _SURE)) / t.dense for t in targets])
         parts = [_Part(score, cost) for score, cost in zip(scores, costs, strict=True)]
-        yield _Knapsack(embed, options.embed.score[embed], shapes, parts, sum(cost[:, 0] for cost in costs) - over)
+        stacks = [_Stack(places, rows, costs[places[0]]) for places, rows in stacked]
+        room = sum(cost[:, 0] for cost in costs) - over
+        yield _Knapsack(embed, options.embed.score[embed], attention, parts, stacks, room)
 
 
 class _Priced(NamedTuple):
@@ -194,26 +222,37 @@ def _priced(knapsack: _Knapsack, scale: float) -> _Priced:
     """The prices with the highest bound, by Kelley's cutting planes. Any prices give a bound that holds."""
     prices = np.zeros(len(knapsack.room))
     best = _Priced(-np.inf, prices, knapsack)
-    rows: list[np.ndarray] = []
-    limits: list[float] = []
+    cuts: list[tuple[float, np.ndarray]] = []
     for _ in range(_CUTS):
         _, score, excess = knapsack.at(prices)
         bound = score + float((prices * excess).sum())
         if bound > best.bound:
             best = _Priced(bound, prices, knapsack)
-        # In 1e4 scores, so that the tolerance of the solver, 1e-7, is small beside what is asked.
-        rows.append(1e4 * np.append(-excess, 1.0))
-        limits.append(1e4 * score / scale)
-        found = optimize.linprog(
-            np.append(np.zeros(len(prices)), -1.0),
-            np.array(rows),
-            np.array(limits),
-            bounds=[(0, _HIGHEST)] * len(prices) + [(None, None)],
-        )
-        if not found.success or found.x[-1] - best.bound / scale <= 1e-9:
+        found = _highest(cuts := [*cuts, (score, excess)], scale)
+        if found is None or found[1] - best.bound <= 1e-9 * scale:
             break
-        prices = scale * found.x[:-1]
+        prices = found[0]
     return best
+
+
+def _highest(cuts: Sequence[tuple[float, np.ndarray]], scale: float) -> tuple[np.ndarray, float] | None:
+    """The prices [T] at which the lowest of the planes score + prices * excess is highest, and how high it is there."""
+    if len(cuts[0][1]) == 1:  # lines: the last one that rises and the last one that falls are next to where they cross
+        rises = [(score, float(excess[0])) for score, excess in cuts if excess[0] > 0]
+        falls = [(score, float(excess[0])) for score, excess in cuts if excess[0] <= 0]
+        if not rises:
+            return np.zeros(1), falls[-1][0]
+        score, slope = rises[-1]
+        price = (falls[-1][0] - score) / (slope - falls[-1][1]) if falls else _HIGHEST * scale
+        return np.array([price]), score + price * slope
+    # In 1e4 scores, so that the tolerance of the solver, 1e-7, is small beside what is asked.
+    found = optimize.linprog(
+        np.append(np.zeros(len(cuts[0][1])), -1.0),
+        np.array([1e4 * np.append(-excess, 1.0) for _, excess in cuts]),
+        np.array([1e4 * score / scale for score, _ in cuts]),
+        bounds=[(0, _HIGHEST)] * len(cuts[0][1]) + [(None, None)],
+    )
+    return (scale * found.x[:-1], scale * float(found.x[-1])) if found.success else None
 
 
 def _first(priced: _Priced, holds: Callable[[_Choice], bool], scale: float) -> _Choice | None:
@@ -258,7 +297,7 @@ def _least(priced: _Priced, most: float, rounding: float) -> list[int] | None:
     picks, _, _ = knapsack.at(priced.prices)
     core = []  # place, options that may be taken, their score and cost
     for place, (part, pick) in enumerate(zip(knapsack.parts, picks, strict=True)):
-        lost = part.at(priced.prices)
+        lost = _together(part, priced.prices)
         kept = np.flatnonzero(priced.bound + lost - lost[pick] <= most + rounding)
         core.append((place, kept, part.score[kept], part.cost[:, kept]))
     if not all(len(kept) for _, kept, *_ in core):
@@ -329,8 +368,7 @@ def _undominated(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 def allocate(scores: Units, masks: Units, dims: ViTDims, policy: Policy, targets: Sequence[Target]) -> Ranking:
     """As ranking.rank, without `max_groups`: the least sum of scores for which every target holds."""
-    masks = check_masks(masks, dims)
-    scores = Units(*(np.asarray(s, np.float64) for s in scores))
+    masks, scores = check_masks(masks, dims), check_scores(scores, dims)
     options = _Options.find(scores, masks, dims, policy)
     unmet = [t for t in targets if not t.holds(options.now)]
     unmet = [t for t in unmet if not any(t.cost is o.cost and t.limit > o.limit for o in unmet)]

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvit_jax.model import vit
+from nvit_jax.model import groups, vit
 from nvit_jax.model.dims import Units, ViTDims
-from nvit_jax.model.groups import Params
+from nvit_jax.model.groups import PAIRED, Params
 from nvit_jax.pruning import rebasis
 from nvit_jax.pruning.leastsquares import Fit, fit, removal
 from nvit_jax.pruning.moments import Sensitivity, TokenMoments
 from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
-READERS = {"attention": ("q", "k", "v"), "mlp": ("fc1",)}  # of the stream, in the parts of a block
+READERS = {"attention": ("q", "k", "v"), "mlp": ("fc1", "fc1_gate")}  # of the stream, in the parts of a block
 ORDER = 1e-2  # ridge of the fits that features are chosen by
 TOKENS = 0.25  # power of the tokens' weights in them
 
@@ -60,11 +60,14 @@ def pick(found: TokenMoments, rows: np.ndarray) -> TokenMoments:
 
 
 def writer(block: Params, name: str) -> tuple[str, np.ndarray, np.ndarray]:
-    """The matrix that writes a part's output: its name, weights [F, D] with LayerScale in them, and that scale [D]."""
+    """The matrix that writes a part's output: its name, weights [F, D] with LayerScale in them, and that scale [D].
+
+    A block that lacks the part has no rows there.
+    """
     layer, scale_name = ("proj", "scale1") if name == "attention" else ("fc2", "scale2")
-    kernel = np.asarray(block[layer]["kernel"], np.float64)
-    kernel = kernel.reshape(-1, kernel.shape[-1])
-    scale = np.asarray(block[scale_name], np.float64) if scale_name in block else np.ones(kernel.shape[-1])
+    width = len(block[layer]["bias"])
+    kernel = np.asarray(block[layer].get("kernel", np.zeros((0, width))), np.float64).reshape(-1, width)
+    scale = np.asarray(block[scale_name], np.float64) if scale_name in block else np.ones(width)
     return layer, kernel * scale, scale
 
 
@@ -75,11 +78,12 @@ def written(block: Params, name: str, rows: np.ndarray, found: Fit) -> Params:
     """
     layer, _, scale = writer(block, name)
     old = {leaf: np.asarray(value) for leaf, value in block[layer].items()}
-    kernel = np.zeros((old["kernel"].size // len(scale), len(scale)))
     divisor = np.where(scale == 0, 1.0, scale)
-    kernel[rows] = np.where(scale == 0, old["kernel"].reshape(kernel.shape)[rows], found.weights / divisor)
-    bias = np.where(scale == 0, old["bias"], found.bias / divisor)
-    new = {"kernel": kernel.reshape(old["kernel"].shape), "bias": bias}
+    new = {"bias": np.where(scale == 0, old["bias"], found.bias / divisor)}
+    if "kernel" in old:
+        kernel = np.zeros((old["kernel"].size // len(scale), len(scale)))
+        kernel[rows] = np.where(scale == 0, old["kernel"].reshape(kernel.shape)[rows], found.weights / divisor)
+        new["kernel"] = kernel.reshape(old["kernel"].shape)
     return block | {layer: {leaf: new[leaf].astype(old[leaf].dtype) for leaf in old}}
 
 
@@ -90,20 +94,23 @@ def masked_block(block: Params, masks: Units, index: int) -> Params:
         return getattr(masks, kind)[index][tuple(slice(0, n) for n in shape)]
 
     out = {name: dict(leaves) if isinstance(leaves, dict) else leaves for name, leaves in block.items()}
-    heads, qk = out["q"]["kernel"].shape[1:]
-    values = out["proj"]["kernel"].shape[1]
-    for name in ("q", "k"):
-        out[name] = {leaf: np.asarray(value * at("qk", (heads, qk))) for leaf, value in out[name].items()}
-    live = at("head", (heads,))[:, None] * at("v", (heads, values))
-    out["proj"]["kernel"] = np.asarray(out["proj"]["kernel"] * live[..., None])
-    out["fc2"]["kernel"] = np.asarray(out["fc2"]["kernel"] * at("mlp", out["fc2"]["kernel"].shape[:1])[:, None])
+    if "q" in out:  # there is an attention part
+        kernel = out["q"]["kernel"]
+        live = at("qk", kernel.shape[1:3]).reshape(*kernel.shape[1:3], *(1,) * (kernel.ndim - 3))
+        for name in (name for name in PAIRED if name in out):
+            out[name] = {leaf: np.asarray(value * live) for leaf, value in out[name].items()}
+        heads, values, _ = out["proj"]["kernel"].shape
+        live = at("head", (heads,))[:, None] * at("v", (heads, values))
+        out["proj"]["kernel"] = np.asarray(out["proj"]["kernel"] * live[..., None])
+    if "fc1" in out:
+        out["fc2"]["kernel"] = np.asarray(out["fc2"]["kernel"] * at("mlp", out["fc2"]["kernel"].shape[:1])[:, None])
     return out
 
 
 def value_features(bases: np.ndarray, live: np.ndarray) -> np.ndarray:
     """[H V, F] that map value dims to those that are kept in their bases [H, V, V]; live [H, V]."""
     heads, width = live.shape
-    columns = []
+    columns = [np.zeros((heads * width, 0))]
     for head in range(heads):
         block = np.zeros((heads * width, int(live[head].sum())))
         block[head * width : (head + 1) * width] = bases[head][:, live[head] > 0]
@@ -142,18 +149,22 @@ def compensate(
             after = walk.advance(part, original, before)
             if embed is not None:
                 feel = feel.of(embed)
-                inputs = walk.inputs(part, padded_block(dims, block), ours, before, embed)
-                block = align(block, READERS[part], inputs, embed, feel, use_held=use_held)
+                if READERS[part][0] in block:  # the block has this part
+                    inputs = walk.inputs(part, padded_block(dims, block), ours, before, embed)
+                    readers = tuple(n for n in READERS[part] if n in block)
+                    block = align(block, readers, inputs, embed, feel, use_held=use_held)
             found = part_moments(walk, block, kept, index, part, ours, after)
             block, kept = compensate_part(dims, block, kept, index, part, found, feel, chosen, use_held=use_held)
             ours = walk.advance(part, padded_block(dims, masked_block(block, kept, index)), ours, embed)
             before = after
         out[name] = block
         told(index + 1)
-    if embed is not None and dims.classes:
-        readers = ("pre_logits",) if dims.pre_logits else ("head", "head_dist")[: dims.classifiers]
+    readers = groups.classifier_readers(dims)
+    if embed is not None and readers:
         feel = Sensitivity(np.zeros((0, 0)), 1.0, 1.0)  # the metric is the readers'
-        out = align(out, readers, walk.classifier_inputs(params, ours, before, embed), embed, feel, use_held=use_held)
+        inputs, pool = walk.classifier_inputs(params, ours, before, embed), dims.pool == "map"
+        aligned = align(out["pool"] if pool else out, readers, inputs, embed, feel, use_held=use_held)
+        out = out | {"pool": aligned} if pool else aligned
     return Compensated(out, kept, walk.logits(out, ours, embed))
 
 
@@ -170,21 +181,26 @@ def align(
 
     What they read of the dense model's stream, behind a norm, is fitted by what is read of the channels that are left
     (`inputs`: to fit, held back). That linear map is multiplied into the readers; its shift goes into their biases,
-    where they have any.
+    where they have any, and of head_mean into head's.
     """
     kernels = {name: np.asarray(params[name]["kernel"], np.float64) for name in readers}
     metric = np.sum([np.square(k).reshape(len(k), -1).sum(1) for k in kernels.values()], 0)
     keep, (fitted, held) = np.flatnonzero(embed), inputs
+    if not any("bias" in params[name] for name in readers):  # nothing can take a shift in
+        fitted, held = fitted.about_zero(), held.about_zero()
     weighed = dataclasses.replace(felt, metric=np.diag(metric))
     found = fit(pick(fitted, keep), pick(held, keep), np.eye(len(metric))[keep], weighed, use_held=use_held)
     whole = np.zeros((len(metric), len(metric)))
     whole[keep] = found.weights
     out = dict(params)
     for name, kernel in kernels.items():
-        new = {"kernel": np.tensordot(whole, kernel, 1)}
-        if "bias" in params[name]:
-            new["bias"] = np.asarray(params[name]["bias"], np.float64) + np.tensordot(found.bias, kernel, 1)
-        out[name] = {leaf: new[leaf].astype(np.asarray(old).dtype) for leaf, old in params[name].items()}
+        holder, shift = "head" if name == "head_mean" else name, np.tensordot(found.bias, kernel, 1)
+        out[name] = out[name] | {
+            "kernel": np.tensordot(whole, kernel, 1).astype(np.asarray(params[name]["kernel"]).dtype)
+        }
+        if "bias" in params[holder]:
+            old = np.asarray(out[holder]["bias"])
+            out[holder] = out[holder] | {"bias": (old.astype(np.float64) + shift).astype(old.dtype)}
     return out
 
 
@@ -196,7 +212,7 @@ def part_moments(
     `ours` is the cut model's stream in front of the part, `after` the dense model's behind it.
     """
     cut = masked_block(block, masks, index)
-    whole = padded_block(walk.dims, block | {name: cut[name] for name in ("q", "k")})
+    whole = padded_block(walk.dims, block | {name: cut[name] for name in PAIRED if name in cut})
     rows = feature_rows(walk.dims, index, part)
     embed = None if np.all(masks.embed) else np.asarray(masks.embed)
     fitted, held = (pick(found, rows) for found in walk.gather(part, whole, ours, after, embed))
@@ -215,7 +231,10 @@ def compensate_part(
     *,
     use_held: bool,
 ) -> tuple[Params, Units]:
-    """One part of one block, compensated, and masks with what it keeps, which are changed in place."""
+    """One part of one block, compensated, and masks with what it keeps, which are changed in place.
+
+    Of a part that keeps nothing the bias is fitted: the mean of what it should write.
+    """
     fitted, held = moments
     _, start, _ = writer(block, part)
     both = (fitted + held if use_held else fitted).together(felt.shares(TOKENS))
@@ -232,7 +251,7 @@ def compensate_part(
     heads, width = dims.heads[index], dims.v[index]
     live = masks.v[index][:heads, :width] * masks.head[index][:heads, None]
     bases = np.tile(np.eye(width), (heads, 1, 1))
-    if chosen.values and not live.all():
+    if chosen.values and live.any() and not live.all():
         live = np.sort(live, axis=1)[:, ::-1]  # the first of the new basis
         masks.v[index, :heads, :width] = live
         bases, _ = rebasis.value_basis(both, felt.metric, masks.head[index][:heads], width, ORDER)

@@ -42,15 +42,17 @@ class Candidates:
     head: np.ndarray  # of a query/key or value dim: its head's place among the candidates; otherwise -1
 
 
-def candidates(dims: ViTDims, may_go: Callable[[str, int], bool]) -> Candidates:
-    """`may_go(kind, block)`; what saves nothing, such as the only head of a block, stays."""
-    masks, saved = full_masks(dims), unit_savings(dims, count_macs)
+def candidates(
+    dims: ViTDims, may_go: Callable[[str, int], bool], whole: Callable[[str, int], bool] = lambda kind, block: False
+) -> Candidates:
+    """`may_go(kind, block)`; what saves nothing stays, such as the only head of a block that may not go `whole`."""
+    masks, saved = full_masks(dims), unit_savings(dims, count_macs, whole)
     saving = Units(*(np.zeros(m.shape) for m in masks))
     if may_go("embed", 0):
         saving.embed[:] = saved["embed"]
     for block in range(dims.depth):
         for kind, share in (("head", 1), ("qk", dims.heads[block]), ("v", dims.heads[block]), ("mlp", 1)):
-            if may_go(kind, block):
+            if may_go(kind, block) and share:
                 getattr(saving, kind)[block] = saved[kind][block] / share
     number = dims.embed + np.arange(masks.head.size).reshape(*masks.head.shape, 1)
     nobody = Units(*(np.full(m.shape, -1) for m in masks))

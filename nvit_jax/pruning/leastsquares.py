@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
+from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, spectrum
 
 # Tried on held-back images:
 RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
 POWERS = (0.0, 0.25, 0.5)  # of the tokens' weights
 _LEAST = 1e-9  # of the mean variance: what is smaller is rounding
+_CHUNKS = 96  # in which the features of wide layers go
 
 
 def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -56,7 +57,7 @@ class Ridge:
     def __init__(self, moments: Moments, start: np.ndarray) -> None:
         """`start` [F, D]: the weights that a fit is drawn towards."""
         self.moments, self.start = moments, start
-        self._values, self._vectors = np.linalg.eigh(moments.covariance)
+        self._values, self._vectors = spectrum(moments.covariance)
         self._scale = float(np.maximum(self._values, 0).mean()) if len(self._values) else 0.0
         self._right = self._vectors.T @ (moments.cross - moments.covariance @ start)
 
@@ -100,18 +101,34 @@ def fit(fitted: TokenMoments, held: TokenMoments, start: np.ndarray, felt: Sensi
 
 def root(matrix: np.ndarray) -> np.ndarray:
     """The symmetric square root of a positive semidefinite matrix; what rounding made negative is 0."""
-    values, vectors = np.linalg.eigh(matrix)
+    values, vectors = spectrum(matrix)
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
+def without(weights: np.ndarray, inverse: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best fit of the features that are left: weights, C^-1 of these, and by how much more it errs.
+
+    The optimal brain surgeon (Hassibi and Stork 1993) for whole rows of W: without the features g the best fit of the
+    others errs by tr(W_g' ((C^-1)_gg)^-1 W_g) more.
+
+    Args:
+      weights, inverse: the best fit W [F, D] of all features, and C^-1 [F, F].
+    """
+    stay = np.setdiff1d(np.arange(len(weights)), gone)
+    between = inverse[np.ix_(stay, gone)]
+    both = solve(inverse[np.ix_(gone, gone)], np.concatenate([weights[gone], between.T], 1))
+    of_weights, of_inverse = np.split(both, [weights.shape[1]], axis=1)
+    loss = max(float((weights[gone] * of_weights).sum()), 0.0)
+    return weights[stay] - between @ of_weights, inverse[np.ix_(stay, stay)] - between @ of_inverse, loss
+
+
 def removal(
-    moments: Moments, metric: np.ndarray, live: np.ndarray, strength: float, chunk: int = 8
+    moments: Moments, metric: np.ndarray, live: np.ndarray, strength: float, least: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
     """The order in which features go, those that can best be made good for first, and what that costs.
 
-    The optimal brain surgeon (Hassibi and Stork 1993) for whole rows of W: without feature i the best fit of the others
-    errs by |W_i|^2_G / (C^-1)_ii more. The `chunk` least go together, with their joint cost; then inverse and fit are
-    updated.
+    At least `least` of those that alone cost least go together, with their joint cost; then the fit is updated, see
+    `without`.
 
     Args:
       metric: [D, D] of the error, see moments.Sensitivity.
@@ -120,24 +137,19 @@ def removal(
     Returns:
       order [n] of the live features; cost [n + 1], half the error in the metric when the first 0, 1, ... n are gone.
     """
-    index = np.flatnonzero(live)
-    c = moments.covariance[np.ix_(index, index)]
+    left = np.flatnonzero(live)
+    chunk = max(least, len(left) // _CHUNKS)
+    c = moments.covariance[np.ix_(left, left)]
     scale = max(float(np.trace(c)) / max(len(c), 1), np.finfo(float).tiny)
-    fitted = c + strength * scale * np.eye(len(c))
-    inverse = solve(fitted, np.eye(len(c)))
-    weights = inverse @ (moments.cross[index] @ root(metric))
-    left = np.arange(len(index))
+    inverse = solve(c + strength * scale * np.eye(len(c)), np.eye(len(c)))
+    weights = inverse @ (moments.cross[left] @ root(metric))
     order: list[int] = []
     cost = [0.0]
     while len(left):
-        loss = np.square(weights[left]).sum(1) / np.maximum(np.diag(inverse)[left], np.finfo(float).tiny)
-        gone = left[np.argsort(loss, kind="stable")[:chunk]]
-        left = np.setdiff1d(left, gone)
-        step = linalg.solve(inverse[np.ix_(gone, gone)], np.eye(len(gone)), assume_a="pos")
-        total = cost[-1] + max(float((weights[gone] * (step @ weights[gone])).sum()), 0.0)
-        cost += list(np.linspace(cost[-1], total, len(gone) + 1)[1:])
-        change = inverse[:, gone] @ step
-        weights, inverse = weights - change @ weights[gone], inverse - change @ inverse[gone]
-        weights[gone], inverse[gone], inverse[:, gone] = 0, 0, 0
-        order += index[gone].tolist()
+        loss = np.square(weights).sum(1) / np.maximum(np.diag(inverse), np.finfo(float).tiny)
+        gone = np.argsort(loss, kind="stable")[:chunk]
+        order += left[gone].tolist()
+        left = np.delete(left, gone)
+        weights, inverse, more = without(weights, inverse, gone)
+        cost += list(np.linspace(cost[-1], cost[-1] + more, len(gone) + 1)[1:])
     return np.array(order, int), np.array(cost) / 2

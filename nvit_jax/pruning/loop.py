@@ -14,14 +14,19 @@ import numpy as np
 
 from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model.dims import KINDS, Units, ViTDims, count_macs, count_params
-from nvit_jax.model.masks import kept_dims, normalize
+from nvit_jax.model.masks import check_finite, kept_dims, normalize
 from nvit_jax.parallel import fetch
 from nvit_jax.pruning.ranking import Ranking, Target
-from nvit_jax.pruning.saliency import check_finite
+from nvit_jax.schema import Flag, Number, Shape, check_fields, whole
 from nvit_jax.training.distill import Stopped, TrainState
 from nvit_jax.training.monitor import Monitor
 
 METHODS = ("one_shot", "gradual", "iterative")
+_SHAPES: dict[str, Shape] = {
+    **dict.fromkeys(("interval", "steps", "groups_per_step", "warmup"), whole()),
+    "ema": Number(),
+    **dict.fromkeys(("reset_scores", "plain_first"), Flag()),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +44,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_fields(self, _SHAPES)
         for name, least in (("interval", 0), ("steps", 1), ("groups_per_step", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"={getattr(self, name)}: it must be at least {least}", name)
         if not 0 <= self.ema < 1:
             raise UserError(f"={self.ema}: it must be in [0, 1)", "ema")
+        for name in ("plain_first", "warmup"):
+            if getattr(self, name) and not self.trains:
+                raise UserError(f'={getattr(self, name)} is about training, and "one_shot" trains nothing', name)
 
     @property
     def trains(self) -> bool:

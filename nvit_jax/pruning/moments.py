@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvit_jax.errors import NotFinite
+
 
 class Moments(NamedTuple):
     """Means and centred second moments of features x [F] and targets y [D], float64."""
@@ -43,6 +45,12 @@ class Moments(NamedTuple):
         """Of other features x' = x F, F [F, F']."""
         return self._replace(x=self.x @ features, xx=features.T @ self.xx @ features, xy=features.T @ self.xy)
 
+    def about_zero(self) -> "Moments":
+        """With means of 0 and second moments about 0: what a fit without a shift is made of."""
+        w, x, y = self.weight, self.x, self.y
+        whole = self.xx + w * np.outer(x, x), self.xy + w * np.outer(x, y), self.yy + w * y**2
+        return Moments(w, 0 * x, 0 * y, *whole)
+
     @property
     def covariance(self) -> np.ndarray:
         """[F, F] of the features."""
@@ -61,6 +69,14 @@ def moments(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
     cross = jnp.einsum("bni,bnj->ij", cx, cy)
     weight = jnp.asarray(x.shape[0] * x.shape[1], x.dtype)
     return weight, mean_x, mean_y, jnp.einsum("bni,bnj->ij", cx, cx), cross, jnp.square(cy).sum((0, 1))
+
+
+def spectrum(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of a symmetric matrix. NotFinite where a model's features have overflowed."""
+    if not np.isfinite(matrix).all():
+        raise NotFinite("calibration: what flows in the model is not finite; look at its weights and the images")
+    values, vectors = np.linalg.eigh(matrix)
+    return values, vectors
 
 
 def summed(found: Iterable[tuple[Any, ...]]) -> Moments:
@@ -83,6 +99,10 @@ class TokenMoments(NamedTuple):
     def mapped(self, features: np.ndarray) -> "TokenMoments":
         """Of other features x' = x F."""
         return TokenMoments(*(one.mapped(features) if one.weight else one for one in self))
+
+    def about_zero(self) -> "TokenMoments":
+        """As of Moments."""
+        return TokenMoments(*(one.about_zero() if one.weight else one for one in self))
 
     def together(self, shares: tuple[float, float]) -> Moments:
         """With these weights of a token."""

@@ -5,6 +5,9 @@ gives a curve for each kind of unit in each block: the loss when the first 0, 1,
 anew, estimated to second order. Such an estimate holds for small cuts. A few real ones tell how far it is off for large
 ones: one part is cut to a width and compensated, the rest of the model stays, and the divergence of the outputs on
 held-back images scales the curve. A unit's score is what the curve rises by when it goes.
+
+Where a part may go whole, it really is removed once, too: all but the mean of what it writes. What that does to the
+outputs is the sum of the scores of its neurons, or of its heads.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
@@ -43,6 +47,7 @@ def score(
     params: Params,
     felt: list[Sensitivity],
     *,
+    whole: Callable[[str, int], bool] = lambda kind, block: False,
     turned: bool = True,
     calibrated: bool = True,
     told: Callable[[int], None] = lambda done: None,
@@ -50,6 +55,7 @@ def score(
     """Scores of all units but embed's, which are 0.
 
     Args:
+      whole: which parts may go, as ranking.Policy.whole.
       turned: change the bases; otherwise query/key and value dims are scored where they are.
       calibrated: scale by real cuts.
       told: hears of every block that is done.
@@ -68,9 +74,17 @@ def score(
         after = walk.advance("mlp", padded, middle)
         streams, feel = (stream, middle, after), (felt[2 * index], felt[2 * index + 1])
         curves, found = _curves(walk, params[name], index, streams, feel, turned=turned)
+        gone = float(curves["v"][-1]) if "v" in curves and whole("head", index) else None
         if judge is not None:
-            curves = {kind: judge.scaled(kind, curve, found, streams, feel, cuts) for kind, curve in curves.items()}
-        _spread(scores, curves, found.order, index, dims)
+            curves = {
+                kind: judge.scaled(kind, curve, found, streams, feel, cuts, whole=kind == "mlp" and whole(kind, index))
+                for kind, curve in curves.items()
+            }
+            if gone is not None:
+                gone = judge.attention(found, streams, feel, gone, cuts)
+        if gone is not None:
+            curves["head"] = _of_part(curves["head"], gone)
+        _spread(scores, curves, found.order, index, dims, whole=whole("mlp", index))
         out[name], stream = found.block, after
         told(index + 1)
     return Scored(out, scores, cuts)
@@ -95,28 +109,63 @@ def _curves(
     turned: bool,
 ) -> tuple[dict[str, np.ndarray], _Block]:
     """Of one block: the estimated loss when the first 0, 1, ... are gone, of qk, v and mlp; of each head alone."""
-    dims, (before, middle, after) = walk.dims, streams
-    masks = full_masks(dims)
-    heads, qk, width = dims.heads[index], dims.qk[index], dims.v[index]
+    dims, order = walk.dims, np.zeros(0, int)
+    curves: dict[str, np.ndarray] = {}
+    moments: dict[str, tuple[TokenMoments, TokenMoments]] = {}
+    if dims.heads[index]:
+        curves, block, moments["attention"] = _attention_curves(walk, block, index, streams[:2], felt[0], turned=turned)
+    if dims.mlp[index]:
+        masks = full_masks(dims)
+        moments["mlp"] = mlp = compensation.part_moments(walk, block, masks, index, "mlp", *streams[1:])
+        both = (mlp[0] + mlp[1]).together(felt[1].shares(TOKENS))
+        order, curves["mlp"] = removal(both, felt[1].metric, np.ones(dims.mlp[index]), ORDER)
+    return curves, _Block(index, block, order, moments)
+
+
+def _attention_curves(
+    walk: Walk,
+    block: Params,
+    index: int,
+    streams: tuple[Streams, Streams],
+    felt: Sensitivity,
+    *,
+    turned: bool,
+) -> tuple[dict[str, np.ndarray], Params, tuple[TokenMoments, TokenMoments]]:
+    """The curves of qk, v and head; the block in its new bases, and the moments of its attention in them."""
+    dims, (before, middle) = walk.dims, streams
     curves = {}
-    queries, keys = walk.queries_and_keys(padded_block(dims, block), felt[0].shares(TOKENS), before)
-    found = [rebasis.logit_basis(queries[h, :qk, :qk], keys[h, :qk, :qk]) for h in range(heads)]
-    power = np.sum([squares for _, _, squares in found], 0)
+    heads, qk, width = dims.heads[index], dims.qk[index], dims.v[index]
+    queries, keys = walk.queries_and_keys(padded_block(dims, block), felt.shares(TOKENS), before)
+    own = slice(0, dims.paired * qk)
+    power, turn = _of_logits(dims, [(queries[h, own, own], keys[h, own, own]) for h in range(heads)])
     curves["qk"] = np.concatenate([[0], np.cumsum(power[::-1])])
 
-    attention = compensation.part_moments(walk, block, masks, index, "attention", before, middle)
-    both = (attention[0] + attention[1]).together(felt[0].shares(TOKENS))
-    bases, curves["v"] = rebasis.value_basis(both, felt[0].metric, np.ones(heads), width, ORDER)
-    curves["head"] = _head_losses(both, felt[0].metric, heads)
+    attention = compensation.part_moments(walk, block, full_masks(dims), index, "attention", before, middle)
+    both = (attention[0] + attention[1]).together(felt.shares(TOKENS))
+    bases, curves["v"] = rebasis.value_basis(both, felt.metric, np.ones(heads), width, ORDER)
+    curves["head"] = _head_losses(both, felt.metric, heads)
     if turned:
-        block = rebasis.change(block, bases, (np.stack([f[0] for f in found]), np.stack([f[1] for f in found])))
+        block = turn(rebasis.change(block, bases, None))
         features = compensation.value_features(bases, np.ones((heads, width)))
         attention = attention[0].mapped(features), attention[1].mapped(features)
+    return curves, block, attention
 
-    mlp = compensation.part_moments(walk, block, masks, index, "mlp", middle, after)
-    both = (mlp[0] + mlp[1]).together(felt[1].shares(TOKENS))
-    order, curves["mlp"] = removal(both, felt[1].metric, np.ones(dims.mlp[index]), ORDER)
-    return curves, _Block(index, block, order, {"attention": attention, "mlp": mlp})
+
+def _of_logits(
+    dims: ViTDims, moments: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, Callable[[Params], Params]]:
+    """[Q] squares of what query/key units add to the logits of all heads, the largest first; and what puts the units of
+    a block into that order: another basis, or where a norm or rotary positions see dims one by one, another order.
+
+    `moments`: of queries and keys, of each head.
+    """
+    if dims.rotary or dims.qk_norm_count:
+        ordered = [rebasis.logit_order(*pair, dims.paired) for pair in moments]
+        orders = np.stack([order for order, _ in ordered])
+        return np.sum([squares for _, squares in ordered], 0), lambda block: rebasis.reorder(block, orders)
+    found = [rebasis.logit_basis(*pair) for pair in moments]
+    logits = np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+    return np.sum([f[2] for f in found], 0), lambda block: rebasis.change(block, None, logits)
 
 
 def _head_losses(moments: Moments, metric: np.ndarray, heads: int) -> np.ndarray:
@@ -154,15 +203,21 @@ class _Judge:
         streams: tuple[Streams, Streams, Streams],
         felt: tuple[Sensitivity, Sensitivity],
         cuts: list[dict[str, Any]],
+        *,
+        whole: bool,
     ) -> np.ndarray:
-        """The curve through what was measured; between the real cuts the factor is interpolated in its logarithm."""
+        """The curve through what was measured; between the real cuts the factor is interpolated in its logarithm.
+
+        `whole`: also with everything gone.
+        """
         if kind == "head":  # each alone
             if len(curve) == 1:
                 return curve
             return np.array([self._cut(kind, h, found, streams, felt, float(x), cuts) for h, x in enumerate(curve)])
         full = len(curve) - 1
         gone, factors = [], []
-        for width in sorted({max(round(full * ratio), 1) for ratio in CUTS} - {full}, reverse=True):
+        widths = {max(round(full * ratio), 1) for ratio in CUTS} | ({0} if whole else set())
+        for width in sorted(widths - {full}, reverse=True):
             estimate = float(curve[full - width])
             divergence = self._cut(kind, width, found, streams, felt, estimate, cuts)
             gone.append(full - width)
@@ -171,6 +226,17 @@ class _Judge:
             return curve
         factor = np.exp(np.interp(np.arange(full + 1), gone, factors))
         return np.maximum.accumulate(curve * factor)
+
+    def attention(
+        self,
+        found: _Block,
+        streams: tuple[Streams, Streams, Streams],
+        felt: tuple[Sensitivity, Sensitivity],
+        estimate: float,
+        cuts: list[dict[str, Any]],
+    ) -> float:
+        """What removing all value dims, and so the part, does to the outputs."""
+        return self._cut("v", 0, found, streams, felt, estimate, cuts)
 
     def _cut(
         self,
@@ -207,17 +273,37 @@ class _Judge:
         return divergence
 
 
-def _spread(scores: Units, curves: dict[str, np.ndarray], order: np.ndarray, index: int, dims: ViTDims) -> None:
-    """The rises of the curves as scores of units; those that go later have strictly more."""
+def _of_part(heads: np.ndarray, whole: float) -> np.ndarray:
+    """Scores of heads [H] in their order, evened out so that all together make what the part costs.
 
-    def rises(curve: np.ndarray) -> np.ndarray:
-        found = np.maximum.accumulate(np.maximum(np.diff(curve), 0))
+    Where that is more than their sum, the dearest has the rest.
+    """
+    whole, order = max(whole, 0.0), np.argsort(heads, kind="stable")
+    curve = np.append(np.minimum(np.cumsum(heads[order]), whole)[:-1], whole)
+    found = np.empty(len(heads))
+    found[order] = isotonic_regression(np.diff(curve, prepend=0)).x + 1e-12 * whole * np.arange(len(heads))
+    return found
+
+
+def _spread(
+    scores: Units, curves: dict[str, np.ndarray], order: np.ndarray, index: int, dims: ViTDims, *, whole: bool
+) -> None:
+    """The rises of the curves as scores of units; those that go later have strictly more.
+
+    Where the curve flattens, a unit has the largest rise so far. Where the mlp may go `whole`, its rises are evened out
+    instead, so that all of them make what the part costs.
+    """
+
+    def rises(curve: np.ndarray, *, whole: bool = False) -> np.ndarray:
+        found = np.maximum(np.diff(curve), 0)
+        found = isotonic_regression(found).x if whole else np.maximum.accumulate(found)
         floor = max(float(curve[-1]), np.finfo(float).tiny) * 1e-12
         return np.asarray(found + floor * np.arange(1, len(found) + 1))
 
-    heads = dims.heads[index]
-    for kind in ("qk", "v"):
-        rows = rises(curves[kind])[::-1] / heads
-        getattr(scores, kind)[index, :heads, : len(rows)] = rows
-    scores.mlp[index, order] = rises(curves["mlp"])
-    scores.head[index, :heads] = curves["head"]
+    if heads := dims.heads[index]:
+        for kind in ("qk", "v"):
+            rows = rises(curves[kind])[::-1] / heads
+            getattr(scores, kind)[index, :heads, : len(rows)] = rows
+        scores.head[index, :heads] = curves["head"]
+    if dims.mlp[index]:
+        scores.mlp[index, order] = rises(curves["mlp"], whole=whole)

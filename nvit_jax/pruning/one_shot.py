@@ -87,10 +87,12 @@ class OneShot:
         with self.monitor.progress(len(self.walk.images.batches), what="gradients", unit="batch"):
             return self.walk.sensitivities(self.params, self.seed, _DRAWS, self.loss, told=_Told(self.monitor))
 
-    def score_sets(self, may_go: Callable[[str, int], bool]) -> tuple[Units, dict[str, Any]]:
-        """The criterion "fisher_set", and the weight of its cross terms. `may_go(kind, block)`."""
+    def score_sets(
+        self, may_go: Callable[[str, int], bool], whole: Callable[[str, int], bool]
+    ) -> tuple[Units, dict[str, Any]]:
+        """The criterion "fisher_set", and the weight of its cross terms; the functions are those of ranking.Policy."""
         walk, monitor = self.walk, self.monitor
-        of = cross.candidates(walk.dims, may_go)
+        of = cross.candidates(walk.dims, may_go, whole)
         with monitor.progress(len(walk.images.batches), what="gradients", unit="batch"):
             told = _Told(monitor)
             found = walk.gate_gradients(self.params, of.units, self.seed, _SET_DRAWS, self.loss, told=told)
@@ -104,11 +106,11 @@ class OneShot:
         monitor.say(f"cross terms between units count {weight:g}")
         return scores, {"cross_weight": weight}
 
-    def score(self) -> Units:
-        """The criterion "obs"; from here on the model is `turned`."""
+    def score(self, whole: Callable[[str, int], bool]) -> Units:
+        """The criterion "obs", `whole` as ranking.Policy.whole; from here on the model is `turned`."""
         felt = self.felt
         with self.monitor.progress(self.walk.dims.depth, what="scoring", unit="block"):
-            found = obs.score(self.walk, self.params, felt, told=_Told(self.monitor))
+            found = obs.score(self.walk, self.params, felt, whole=whole, told=_Told(self.monitor))
         self.turned = found.params
         return found.scores
 
@@ -126,27 +128,27 @@ class OneShot:
             self.monitor.warn("warning: with one batch of images compensation cannot be checked, and is left out")
             return params, masks, {"compensated": False}
         felt = self.felt
-        with self.monitor.progress(2 * walk.dims.depth, what="compensating", unit="block"):
-            told = _Told(self.monitor)
+        told = _Told(self.monitor)
+        with self.monitor.progress(walk.dims.depth, what="trying compensation", unit="block"):
             held = [i for i, back in enumerate(images.held) if back]
             dense = self._logits(self.params, held)
             cut = self._logits(_masked(walk, params, masks), held, np.asarray(masks.embed))
             fitted = compensate(walk, self.params, params, masks, felt, chosen, use_held=False, told=told)
-            check: dict[str, Any] = {
-                "images_fitted": images.count(held=False),
-                "images_held_back": images.count(held=True),
-                "divergence_cut": walk.divergence(cut, dense),
-                "divergence_compensated": walk.divergence([fitted.logits[i] for i in held], dense),
-            }
-            better = check["divergence_compensated"] <= check["divergence_cut"]
-            if not better:
-                self.monitor.warn(
-                    f"warning: on {check['images_held_back']} held-back images the compensated model is further from "
-                    f"the unpruned one ({check['divergence_compensated']:.4g}) than the one that is only cut "
-                    f"({check['divergence_cut']:.4g}): compensation is left out; more images would help"
-                )
-                return params, masks, check | {"compensated": False}
-            told.offset = walk.dims.depth
+        check: dict[str, Any] = {
+            "images_fitted": images.count(held=False),
+            "images_held_back": images.count(held=True),
+            "divergence_cut": walk.divergence(cut, dense),
+            "divergence_compensated": walk.divergence([fitted.logits[i] for i in held], dense),
+        }
+        better = check["divergence_compensated"] <= check["divergence_cut"]  # a NaN is not
+        if not better:
+            self.monitor.warn(
+                f"warning: on {check['images_held_back']} held-back images the compensated model is further from "
+                f"the unpruned one ({check['divergence_compensated']:.4g}) than the one that is only cut "
+                f"({check['divergence_cut']:.4g}): compensation is left out; more images would help"
+            )
+            return params, masks, check | {"compensated": False}
+        with self.monitor.progress(walk.dims.depth, what="compensating", unit="block"):
             found = compensate(walk, self.params, params, masks, felt, chosen, use_held=True, told=told)
         return found.params, found.masks, check | {"compensated": True}
 
@@ -160,10 +162,10 @@ class _Told:
     """Hears of progress, and stops where a stop is asked for."""
 
     def __init__(self, monitor: Monitor) -> None:
-        self._monitor, self.offset = monitor, 0
+        self._monitor = monitor
 
     def __call__(self, done: int) -> None:
-        self._monitor.advance(self.offset + done)
+        self._monitor.advance(done)
         if any_process(self._monitor.stopping):
             raise Stopped("stopped while pruning")
 

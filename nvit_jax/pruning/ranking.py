@@ -17,14 +17,14 @@ equation 7): score - eta * milliseconds saved. Equal offers: the order of KINDS,
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nvit_jax.errors import UserError, check_choice, nearest
-from nvit_jax.model.dims import KINDS, Units, ViTDims, count_macs, count_params
-from nvit_jax.model.masks import check_masks, kept_dims, normalize
+from nvit_jax.model.dims import KINDS, PART_KINDS, Units, ViTDims, count_macs, count_params, with_widths
+from nvit_jax.model.masks import check_masks, check_scores, kept_dims, normalize
 
 Cost = Callable[[ViTDims], float]
 _FIELD = {"embed": "embed", "head": "heads", "qk": "qk", "v": "v", "mlp": "mlp"}
@@ -56,10 +56,18 @@ class Target(NamedTuple):
     def holds(self, dims: ViTDims) -> bool:
         return self.cost(dims) <= self.limit * (1 + 1e-9)
 
+    @property
+    def is_loose(self) -> bool:
+        """Whether the unpruned model costs less than it allows."""
+        return self.limit > self.dense * (1 + 1e-9)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How units are grouped and compared. Sizes and floors are in units, per block (embed: of the model)."""
+    """How units are grouped and compared. Sizes and floors are in units, per block (embed: of the model).
+
+    With a floor of 0 for head (mlp) the attention (mlp) part of a block may go.
+    """
 
     sizes: Mapping[str, int]
     floors: Mapping[str, int]
@@ -73,7 +81,7 @@ class Policy:
     def __post_init__(self) -> None:
         check_choice("align", self.align, ALIGNMENTS)
         check_choice("rule", self.rule, RULES)
-        if self.rule in ("eta", "nvit") and (self.latency is None or self.eta < 0):
+        if self.rule in ("eta", "nvit") and (self.latency is None or not 0 <= self.eta < math.inf):
             raise UserError(f'="{self.rule}" needs a latency model and eta >= 0', "rule")
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise UserError(f": unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}", "kinds")
@@ -81,12 +89,17 @@ class Policy:
             if unknown := sorted(set(values) - set(KINDS)):
                 raise UserError(f": unknown kind {unknown[0]!r}{nearest(unknown[0], KINDS)}", name)
             for kind in KINDS:
-                if values[kind] < 1:
-                    raise UserError(f": {kind} is {values[kind]}; it must be at least 1", name)
+                least = int(name == "profile" or kind not in PART_KINDS)
+                if values[kind] < least:
+                    raise UserError(f": {kind} is {values[kind]}; it must be at least {least}", name)
 
     def may_go(self, kind: str, block: int) -> bool:
         """Whether groups of this kind may go from this block."""
         return kind in self.kinds and (kind == "embed" or block not in self.protected)
+
+    def whole(self, kind: str, block: int) -> bool:
+        """Whether all units of this kind may go from this block, which then has no attention part, or no mlp."""
+        return kind in PART_KINDS and self.floors[kind] == 0 and self.may_go(kind, block)
 
     def size(self, kind: str, dims: ViTDims, block: int) -> int:
         if kind == "head" and dims.heads[block] < _FEW_HEADS:
@@ -129,6 +142,7 @@ class Pick(NamedTuple):
 
 
 Slot = tuple[str, int]  # a kind, and the block (0 for embed)
+Key = tuple[int, float]  # what offers are compared by, the smaller one goes first
 
 
 def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Cost | None) -> list[Target]:
@@ -150,8 +164,10 @@ def make_targets(spec: Mapping[str, float | None], dims: ViTDims, latency_ms: Co
         cost = costs[metric]
         if cost is None:
             raise UserError(" needs a latency model: a measured table, or an estimate", name)
-        dense = float(cost(dims))
-        targets.append(Target(name, cost, float(value * dense if name.endswith("_ratio") else value), dense))
+        dense = cost(dims)
+        if not isinstance(dense, int | float | np.integer | np.floating) or not 0 < dense < math.inf:
+            raise UserError(f": the unpruned model costs {dense!r}, of which nothing can be saved", name)
+        targets.append(Target(name, cost, float(value * dense if name.endswith("_ratio") else value), float(dense)))
     if not targets:
         raise UserError(": set at least one of " + ", ".join(spec), "target")
     return targets
@@ -167,7 +183,7 @@ def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
         if not policy.may_go(kind, block):
             return width
         size, floor = policy.size(kind, dims, block), policy.floors[kind]
-        while (rest := width - (width % size or size)) >= max(floor, 1):
+        while width and (rest := width - (width % size or size)) >= floor:
             width = rest
         return width
 
@@ -178,7 +194,15 @@ def smallest_dims(dims: ViTDims, policy: Policy) -> ViTDims:
 
 
 def check_reachable(dims: ViTDims, policy: Policy, targets: Sequence[Target]) -> None:
-    """UserError that names the smallest reachable value when a target lies below the floors."""
+    """UserError that names the smallest reachable value when a target lies below the floors.
+
+    And when nothing would go, since all targets allow more than the unpruned model costs.
+    """
+    loose = [target for target in targets if target.is_loose]
+    if loose and all(target.limit >= target.dense for target in targets):
+        limit, dense = loose[0].limit, loose[0].dense
+        text = f"={limit:.6g} is more than the unpruned model's {dense:.6g}: nothing would go; ask for less"
+        raise UserError(text, loose[0].name)
     smallest = smallest_dims(dims, policy)
     for target in targets:
         if not target.holds(smallest):
@@ -207,47 +231,133 @@ def rank(
 
     The result is at most each target, and no further below the last one met than one group explains.
     """
-    masks = check_masks(masks, dims)
-    scores = Units(*(np.asarray(s, np.float64) for s in scores))
+    masks, scores = check_masks(masks, dims), check_scores(scores, dims)
+    masks = Units(*(mask.copy() for mask in masks))
     now = kept_dims(masks, dims)
-    slots = [("embed", 0)] + [(kind, i) for kind in KINDS[1:] for i in range(dims.depth)]
-    slots = [slot for slot in slots if policy.may_go(*slot)]
-    picks = {slot: weakest(slot, scores, masks, dims, policy) for slot in slots}
+    every = {slot: place for place, slot in enumerate(_slots(dims)) if policy.may_go(*slot)}
+    walks = {slot: groups(slot, scores, masks, dims, policy) for slot in every}
+    picks = {slot: next(walk, None) for slot, walk in walks.items()}
+    rule = _Rule(policy, targets)
+    offers: dict[Slot, tuple[Key, int, Pick]] = {}
     removed: list[Removal] = []
-    nonpositive = 0
+    met_before: list[bool] | None = None
+    stale: Iterable[Slot] = every
     exhausted = False
-    while not all(t.holds(now) for t in targets) and (max_groups is None or len(removed) < max_groups):
-        unmet = [t for t in targets if not t.holds(now)]
-        best = None
-        for slot in slots:
-            pick = picks[slot]
-            if pick is None:
-                continue
-            key = _key(pick.score, now, _without(now, slot, pick.units), policy, unmet)
-            if best is None or key < best[0]:
-                best = (key, slot, pick)
-        if best is None:
+    while not all(met := [target.holds(now) for target in targets]) and len(removed) != max_groups:
+        # Which targets are not met yet is part of every key.
+        for slot in stale if met == met_before else every:
+            offers.pop(slot, None)
+            if (pick := picks[slot]) is not None:
+                offers[slot] = (rule.key(pick, slot, now, met), every[slot], pick)
+        if not offers:
             exhausted = True
             break
-        key, (kind, block), pick = best
-        masks = remove(masks, kind, pick)
-        now = _without(now, (kind, block), pick.units)
-        nonpositive += pick.score <= 0
+        kind, block = slot = min(offers, key=lambda slot: offers[slot][:2])
+        key, _, pick = offers[slot]
+        getattr(masks, kind)[pick.entries] = 0
+        now, met_before = _without(now, slot, pick.units), met
         removed.append(Removal(kind, block, pick.units, pick.score, key[1]))
-        changed = ("head", "qk", "v") if kind == "head" else (kind,)  # rows of qk and v run over the live heads
-        for other in changed:
-            if (other, block) in picks:
-                picks[other, block] = weakest((other, block), scores, masks, dims, policy)
-    return Ranking(masks, now, removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
+        picks[slot] = next(walks[slot], None)
+        if kind == "head":
+            for other in ("qk", "v"):  # their rows run over the live heads
+                getattr(masks, other)[block][masks.head[block] == 0] = 0
+                if (other, block) in picks:
+                    walks[other, block] = groups((other, block), scores, masks, dims, policy)
+                    picks[other, block] = next(walks[other, block], None)
+        own_alone = rule.of_blocks and kind != "embed"
+        stale = [other for other in every if other[1] == block or other[0] == "embed"] if own_alone else every
+    nonpositive = sum(removal.score <= 0 for removal in removed)
+    return Ranking(masks, dataclasses.replace(now), removed, all(t.holds(now) for t in targets), nonpositive, exhausted)
 
 
-def unit_savings(dims: ViTDims, cost: Cost) -> dict[str, np.ndarray]:
-    """What one width less of each kind costs less: {"embed": [], "head": [L], ...}; 0 for a width of 1."""
-    whole = cost(dims)
+def _slots(dims: ViTDims) -> list[Slot]:
+    return [("embed", 0)] + [(kind, i) for kind in KINDS[1:] for i in range(dims.depth)]
+
+
+class _Savings:
+    """What groups save of one cost. Blocks are remembered, where the cost is a sum over the blocks."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost, self.of_blocks = cost, is_of_blocks(cost)
+        self._known: dict[tuple[int, ...], float] = {}
+        self._whole: tuple[ViTDims | None, float] = (None, 0.0)
+
+    def __call__(self, slot: Slot, units: int, now: ViTDims) -> float:
+        kind, block = slot
+        then = _without(now, slot, units)
+        if self.of_blocks and kind != "embed":
+            return self._block(now, block) - self._block(then, block)
+        if self._whole[0] is not now:
+            self._whole = (now, self.cost(now))
+        return self._whole[1] - self.cost(then)
+
+    def _block(self, dims: ViTDims, block: int) -> float:
+        """The cost of the model with this block alone."""
+        widths = (dims.embed, dims.heads[block], dims.qk[block], dims.v[block], dims.mlp[block])
+        if widths not in self._known:
+            self._known[widths] = self.cost(one_block(dims, *widths))
+        return self._known[widths]
+
+
+class _Rule:
+    """What offers are compared by."""
+
+    def __init__(self, policy: Policy, targets: Sequence[Target]) -> None:
+        self._eta = policy.eta if policy.rule == "eta" else None
+        self._dense = [target.dense for target in targets]
+        costs = [target.cost for target in targets]
+        if self._eta is not None:
+            assert policy.latency is not None
+            costs = [policy.latency]
+        self._savings = [_Savings(cost) for cost in costs]
+        self.of_blocks = all(saving.of_blocks for saving in self._savings)
+
+    def key(self, pick: Pick, slot: Slot, now: ViTDims, met: Sequence[bool]) -> Key:
+        """Smaller goes first. `met`: which targets hold."""
+        if self._eta is not None:
+            return 1, pick.score - self._eta * self._savings[0](slot, pick.units, now)
+        unmet = [(s, dense) for s, dense, holds in zip(self._savings, self._dense, met, strict=True) if not holds]
+        saving = sum(saved(slot, pick.units, now) / dense for saved, dense in unmet)
+        if pick.score <= 0:
+            return 0, -saving
+        # What saves nothing goes last, the least score first.
+        return (1, pick.score / saving) if saving > 0 else (2, pick.score)
+
+
+def is_of_blocks(cost: Cost) -> bool:
+    """Whether a cost is a sum over the blocks, given embed: what a group of one saves is the same whatever the others.
+
+    A latency says so with the attribute `of_blocks`; of any other function nothing is known.
+    """
+    return cost in (count_macs, count_params) or bool(getattr(cost, "of_blocks", False))
+
+
+def one_block(dims: ViTDims, embed: int, heads: int, qk: int, v: int, mlp: int) -> ViTDims:
+    """The model of one block of these widths."""
+    return with_widths(dims, embed=embed, heads=(heads,), qk=(qk,), v=(v,), mlp=(mlp,))
+
+
+def costs_of(cost: Cost, dims: ViTDims, widths: Sequence[Any]) -> np.ndarray:
+    """[n] costs of the models of one block with these widths: numbers, or arrays [n], as those of `one_block`."""
+    if cost in (count_macs, count_params) or getattr(cost, "of_arrays", False):  # arithmetic, of arrays as of numbers
+        return np.asarray(cost(one_block(dims, *widths)), float)
+    columns = [column.tolist() for column in np.broadcast_arrays(*widths)]
+    return np.array([cost(one_block(dims, *each)) for each in zip(*columns, strict=True)])
+
+
+def unit_savings(
+    dims: ViTDims, cost: Cost, whole: Callable[[str, int], bool] = lambda kind, block: False
+) -> dict[str, np.ndarray]:
+    """What one width less of each kind costs less: {"embed": [], "head": [L], ...}; 0 for a width of 1.
+
+    `whole(kind, block)`: whether a width of 1 may go as well, and the part with it (see `Policy.whole`).
+    """
+    before = cost(dims)
 
     def saved(kind: str, block: int) -> float:
         width = dims.embed if kind == "embed" else getattr(dims, _FIELD[kind])[block]
-        return whole - cost(_without(dims, (kind, block), 1)) if width > 1 else 0.0
+        may_go = width > 1 or (width == 1 and whole(kind, block))
+        return before - cost(_without(dims, (kind, block), 1)) if may_go else 0.0
 
     blocks = {kind: np.array([saved(kind, i) for i in range(dims.depth)]) for kind in KINDS[1:]}
     return {"embed": np.array(saved("embed", 0)), **blocks}
@@ -275,6 +385,8 @@ def groups(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Polic
     if kind in ("qk", "v"):
         heads = np.flatnonzero(masks.head[block])
         live = mask[heads] > 0
+        if not len(heads):
+            return
         count = int(live[0].sum())
         values = np.where(live, score[heads], np.inf)  # removed dims sort behind the live ones
         if policy.align == "shared":
@@ -286,7 +398,7 @@ def groups(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Polic
         count = int(mask.sum())
         order = np.argsort(np.where(mask > 0, score, np.inf), kind="stable")
     size, gone = policy.size(kind, dims, block), 0
-    while count - gone - (units := (count - gone) % size or size) >= max(policy.floors[kind], 1):
+    while count > gone and count - gone - (units := (count - gone) % size or size) >= policy.floors[kind]:
         picked = order[..., gone : gone + units]
         gone += units
         if kind in ("qk", "v"):
@@ -298,19 +410,7 @@ def groups(slot: Slot, scores: Units, masks: Units, dims: ViTDims, policy: Polic
 def _without(dims: ViTDims, slot: Slot, units: int) -> ViTDims:
     kind, block = slot
     if kind == "embed":
-        return dataclasses.replace(dims, embed=dims.embed - units)
+        return with_widths(dims, embed=dims.embed - units)
     widths = list(getattr(dims, _FIELD[kind]))
     widths[block] -= units
-    changed: dict[str, Any] = {_FIELD[kind]: tuple(widths)}
-    return dataclasses.replace(dims, **changed)
-
-
-def _key(score: float, now: ViTDims, then: ViTDims, policy: Policy, unmet: Sequence[Target]) -> tuple[int, float]:
-    """What offers are compared by, smaller first."""
-    if policy.rule == "eta":
-        assert policy.latency is not None
-        return 1, score - policy.eta * (policy.latency(now) - policy.latency(then))
-    saving = sum((t.cost(now) - t.cost(then)) / t.dense for t in unmet)
-    if score <= 0:
-        return 0, -saving
-    return (1, score / saving) if saving > 0 else (2, score)  # what saves nothing goes last, the least score first
+    return with_widths(dims, **{_FIELD[kind]: tuple(widths)})

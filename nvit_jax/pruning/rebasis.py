@@ -13,9 +13,12 @@ the logits by rank r. Biases come along.
 from typing import Any
 
 import numpy as np
+from scipy import linalg
 
+from nvit_jax.errors import UserError
+from nvit_jax.model import groups
 from nvit_jax.model.groups import Params
-from nvit_jax.pruning.leastsquares import root, solve
+from nvit_jax.pruning.leastsquares import root, solve, without
 from nvit_jax.pruning.moments import Moments
 
 _EVEN = 1e-6  # of the mean variance is added to moments that a basis comes from
@@ -26,9 +29,8 @@ def value_basis(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal bases of the value dims of all heads, and what fewer of them cost.
 
-    Going down from `width` dims, in every head the direction goes whose loss the others make good for best: with S what
-    is left of the head's covariance when the rest is known, and W its weights in the fit, the last left singular vector
-    of S^1/2 W.
+    Going down from `width` dims, in every head the direction goes whose loss the others make good for best, and the fit
+    of all others is updated.
 
     Args:
       moments: of the values [heads * width], before the output projection.
@@ -41,52 +43,39 @@ def value_basis(
     count, live = len(heads), np.flatnonzero(heads)
     rows = (live[:, None] * width + np.arange(width)).reshape(-1)
     c = moments.covariance[np.ix_(rows, rows)]
-    scale = max(float(np.trace(c)) / len(c), np.finfo(float).tiny)
-    c = c + strength * scale * np.eye(len(c))
-    cross = moments.cross[rows] @ root(metric)
-    kept = [np.eye(width) for _ in live]
-    spans = [[np.eye(width)] for _ in live]
-    explained = [float((cross * solve(c, cross)).sum())]
-    for rank in range(width, 0, -1):
-        spread = _block_diagonal(kept)
-        inverse = solve(spread.T @ c @ spread, np.eye(spread.shape[1]))
-        weights = inverse @ (spread.T @ cross)
-        for i, basis in enumerate(kept):
-            own = slice(i * rank, (i + 1) * rank)
-            left = root(solve(inverse[own, own], np.eye(rank)))
-            directions = np.linalg.svd(left @ weights[own], full_matrices=True)[0]
-            best = solve(left, directions[:, : rank - 1]) if rank > 1 else np.zeros((rank, 0))
-            kept[i] = np.linalg.qr(basis @ best)[0]
-            spans[i].append(kept[i])
-        spread = _block_diagonal(kept)
-        explained.append(
-            float(((spread.T @ cross) * solve(spread.T @ c @ spread, spread.T @ cross)).sum()) if rank > 1 else 0.0
-        )
     bases = np.tile(np.eye(width), (count, 1, 1))
-    for i, head in enumerate(live):
-        bases[head] = _nested(spans[i][::-1])
-    cost = np.maximum.accumulate(np.maximum(explained[0] - np.array(explained), 0)) / 2
-    return bases, cost
+    scale = float(np.trace(c)) / max(len(c), 1)
+    if not scale > 0:
+        return bases, np.zeros(width + 1)  # values that never change carry nothing
+    inverse = solve(c + strength * scale * np.eye(len(c)), np.eye(len(c)))
+    weights = inverse @ (moments.cross[rows] @ root(metric))
+    frames = [np.eye(width) for _ in live]  # of what is left of each head
+    cost = [0.0]
+    for rank in range(width, 0, -1):
+        for i, head in enumerate(live):
+            own = slice(i * rank, (i + 1) * rank)
+            turn = _last(weights[own], inverse[own, own])
+            weights[own] = turn.T @ weights[own]
+            inverse[own] = turn.T @ inverse[own]
+            inverse[:, own] = inverse[:, own] @ turn
+            frames[i] = frames[i] @ turn
+            bases[head][:, rank - 1], frames[i] = frames[i][:, -1], frames[i][:, :-1]
+        gone = np.arange(rank - 1, len(weights), rank)
+        weights, inverse, loss = without(weights, inverse, gone)
+        cost.append(cost[-1] + loss)
+    return bases, np.array(cost) / 2
 
 
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    height, width = blocks[0].shape
-    out = np.zeros((len(blocks) * height, len(blocks) * width))
-    for i, block in enumerate(blocks):
-        out[i * height : (i + 1) * height, i * width : (i + 1) * width] = block
-    return out
+def _last(weights: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """[r, r], orthonormal: its last column is the direction u that goes, of least |u' W|^2 / (u' C^-1 u).
 
-
-def _nested(spans: list[np.ndarray]) -> np.ndarray:
-    """An orthonormal basis whose first r columns span the r-th of spaces that lie in each other."""
-    width = len(spans[-1])
-    basis = np.zeros((width, 0))
-    for span in spans[1:]:
-        rest = span - basis @ (basis.T @ span)
-        column = np.linalg.svd(rest)[0][:, :1]
-        column = column - basis @ (basis.T @ column)
-        basis = np.concatenate([basis, column / np.linalg.norm(column)], 1)
-    return basis
+    That is the optimal brain surgeon's loss, of a direction instead of a feature.
+    """
+    _, vectors = linalg.eigh(weights @ weights.T, inverse, subset_by_index=[0, 0])
+    u = vectors[:, 0] / np.linalg.norm(vectors[:, 0])
+    mirror = -np.copysign(1.0, u[-1]) * u  # below 0 in the last place: no cancellation
+    mirror[-1] -= 1
+    return np.asarray(np.eye(len(u)) - 2 * np.outer(mirror, mirror) / (mirror @ mirror))
 
 
 def logit_basis(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,11 +97,39 @@ def logit_basis(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.n
     return a, np.linalg.inv(a).T, np.square(s) * q_scale * k_scale
 
 
+def logit_order(queries: np.ndarray, keys: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of one head that must keep its basis: its units, of `each` dims, in the order in which the logits need them.
+
+    And the second moments [U] of what they add to the logits, in that order.
+
+    Args:
+      queries, keys: [Q, Q] as for `logit_basis`.
+    """
+    units = len(queries) // each
+    squares = np.einsum("uaub,uaub->u", *(m.reshape(units, each, units, each) for m in (queries, keys)))
+    order = np.argsort(-squares, kind="stable")
+    return order, squares[order]
+
+
+def reorder(params: Params, orders: np.ndarray) -> Params:
+    """A block's parameters with the query/key units of each head in another order [H, Q]. The function stays."""
+    embed, heads, values = params["v"]["kernel"].shape
+    kept = {"embed": np.arange(embed), "head": np.arange(heads), "qk": orders}
+    kept["v"] = np.tile(np.arange(values), (heads, 1))
+    kept["mlp"] = np.arange(len(params["fc2"]["kernel"]) if "kernel" in params["fc2"] else 0)
+    found: Params = groups.take({"block_0": params}, [kept])["block_0"]
+    return found
+
+
 def change(params: Params, value: np.ndarray | None, logits: tuple[np.ndarray, np.ndarray] | None) -> Params:
     """A block's parameters in other bases: value [H, V, V] orthonormal; logits (A, B), each [H, Q, Q].
 
-    The function stays. In the parameters' own types; kernels as in vit.Block.
+    The function stays. In the parameters' own types; kernels as in vit.Block. UserError for logits of queries and keys
+    that a norm or rotary positions see dim by dim.
     """
+    if logits is not None and (fixed := [name for name in ("q_norm", "rotary") if name in params]):
+        what = "are normalised" if fixed[0] == "q_norm" else "have rotary positions"
+        raise UserError(f"queries and keys that {what} cannot be put into another basis; they can be reordered")
     out = {name: dict(leaves) if isinstance(leaves, dict) else leaves for name, leaves in params.items()}
 
     def turn(name: str, basis: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nvit_jax.model.dims import Units, ViTDims
-from nvit_jax.model.masks import kept_dims
+from nvit_jax.model.masks import check_scores, kept_dims
 from nvit_jax.pruning import ranking
 from nvit_jax.pruning.ranking import Cost, Ranking, Removal, Target
 
@@ -98,7 +98,7 @@ def rank(
     per_iteration: int,
 ) -> Ranking:
     """`prune_step` between masks, as ranking.rank. `table(dims)` gives milliseconds; eta is per second."""
-    now = kept_dims(masks, dims)
+    scores, now = check_scores(scores, dims), kept_dims(masks, dims)
     gates = [(layer > 0).astype(np.float64) for layer in flatten(masks)]
     per_layer = [sizes["embed"]] + [sizes[kind] for _ in range(dims.depth) for kind in _FIELD]
     step = prune_step(

@@ -25,7 +25,8 @@ from nvit_jax.errors import UserError
 from nvit_jax.model import groups
 from nvit_jax.model.dims import KINDS, Units
 from nvit_jax.model.groups import Params
-from nvit_jax.model.masks import normalize, unit_name
+from nvit_jax.model.masks import check_finite as check_finite
+from nvit_jax.model.masks import normalize
 from nvit_jax.training.losses import Batch
 
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")  # what probes of hvp and obd are confined to
@@ -76,7 +77,7 @@ def _probe_parts(masks: Units, scheme: str, chunk: int) -> tuple[Units, int]:
         if scheme in ("all", "kind", "block"):
             own = {"all": 0 * row, "kind": 0 * row + k, "block": row + (k > 0)}[scheme]
         else:
-            each = -(-width // chunk)
+            each = max(-(-width // chunk), 1)  # all blocks may lack a part
             own = count + row * each + np.arange(width) % each
             count += rows * each
         parts.append(np.broadcast_to(own, (rows, width)).reshape(mask.shape))
@@ -206,13 +207,14 @@ _TAYLOR = {
         "proj/kernel",
         "proj/bias",
         "fc1/kernel",
+        "fc1_gate/kernel",
         "fc2/kernel",
         "fc2/bias",
     ),
     "head": ("q/kernel", "q/bias", "k/kernel", "k/bias", "v/kernel", "v/bias"),
     "qk": ("q/kernel", "q/bias"),
     "v": ("v/kernel", "v/bias"),
-    "mlp": ("fc1/kernel", "fc1/bias"),
+    "mlp": ("fc1/kernel", "fc1/bias", "fc1_gate/kernel", "fc1_gate/bias"),
 }
 _TAYLOR_DIVISOR = {"embed": 12, "head": 12, "qk": 2, "v": 2, "mlp": 1}
 
@@ -222,7 +224,7 @@ def _sum_units(values: Params, masks: Units, keep: Callable[[str, str], bool]) -
     dtype = jnp.result_type(*jax.tree.leaves(values))
     sums = {kind: [jnp.zeros(s.shape, dtype) for s in ([m] if not i else m)] for i, (kind, m) in _kinds(masks)}
     for path, leaf in groups.flatten(values):
-        axes, block = groups.axes_of(path, pre_logits="pre_logits" in values), groups.block_of(path)
+        axes, block = groups.axes_of(path, inside=groups.inside(values)), groups.block_of(path)
         name = path if block is None else path.split("/", 1)[1]
         for kind in KINDS:
             if kind in axes and keep(kind, name):
@@ -265,7 +267,7 @@ def taylor_of(params: Params, gradient: Params, masks: Units, *, align: str = "p
     products = jax.tree.map(lambda w, g: w.astype(wide) * g.astype(wide), params, gradient)
     sums = _sum_units(products, masks, lambda kind, name: name in _TAYLOR[kind])
     if align == "shared":
-        live = masks.head.sum(-1)[:, None, None].astype(wide)  # its root is not exact
+        live = jnp.maximum(masks.head.sum(-1), 1)[:, None, None].astype(wide)  # its root is not exact
         qk, v = (jnp.broadcast_to(s.sum(1, keepdims=True) / jnp.sqrt(live), s.shape) for s in (sums.qk, sums.v))
         sums = sums._replace(qk=qk, v=v)
     return _masked(Units(*(jnp.square(s / _TAYLOR_DIVISOR[k]) for _, (k, s) in _kinds(sums))), masks)
@@ -307,12 +309,20 @@ def _masked(scores: Units, masks: Units) -> Units:
     return jax.tree.map(jnp.multiply, scores, normalize(masks))
 
 
-def check_finite(scores: Units) -> None:
-    """FloatingPointError that names the first unit whose score is not finite."""
-    for kind, values in zip(KINDS, scores, strict=True):
-        bad = np.argwhere(~np.isfinite(np.asarray(values)))
-        if len(bad):
-            raise FloatingPointError(
-                f"saliency: the score of {unit_name(kind, tuple(int(i) for i in bad[0]))} is not finite "
-                f"({len(bad)} {kind} unit(s) in all)"
+def check_telling(scores: Units, live: Units, params: Params) -> None:
+    """UserError when all scores of a kind are equal: they do not tell which of its units matter.
+
+    `live`: 1 for the units that may go. A kind with a single one of them says nothing, and need not.
+    """
+    for kind, values, counts in zip(KINDS, scores, live, strict=True):
+        found = np.asarray(values)[np.asarray(counts) > 0]
+        if len(found) > 1 and (found == found[0]).all():
+            untrained = "head" in params and not np.asarray(params["head"]["kernel"]).any()
+            reason = (
+                "the classifier is all zeros, as a new one is: train it first, by finetuning"
+                if untrained
+                else "the loss does not depend on them: look at the weights, the loss and the images"
+            )
+            raise UserError(
+                f"all {len(found):,} {kind} units have the score {found[0]:g}, which tells nothing; {reason}"
             )

@@ -15,17 +15,24 @@ from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.parallel import fetch
 from nvit_jax.pruning import saliency
+from nvit_jax.schema import Flag, Maybe, Shape, check_fields, whole
 from nvit_jax.training import optim
 from nvit_jax.training.distill import Inputs, Stopped, TrainState
-from nvit_jax.training.losses import Batch, Objective, draw_labels, objective_loss
+from nvit_jax.training.losses import FEATURES, Batch, Objective, draw_directions, draw_labels, objective_loss
 from nvit_jax.training.monitor import Monitor
 
 CALIBRATED = ("obs", "fisher_set")  # no functions of a batch: obs.py, cross.py
 CRITERIA = (*CALIBRATED, *saliency.CRITERIA)
-LOSSES = ("labels", "kl", "mix", "drawn", "own")
+LOSSES = ("labels", "kl", "mix", "drawn", "features", "own")
 # Second order takes the KL to the unpruned model, whose Hessian is positive there; its gradient is 0 there, so
 # first order takes labels.
 _USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn", **dict.fromkeys(CALIBRATED, "drawn")}
+
+_SHAPES: dict[str, Shape] = {
+    **dict.fromkeys(("batch", "batches"), Maybe(whole())),
+    **dict.fromkeys(("chunk", "probes"), whole()),
+    **dict.fromkeys(("remat", "from_training"), Flag()),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,10 @@ class Scoring:
     """What a score is. Raises UserError for unknown names, and for pairs that score 0 at the unpruned model.
 
     loss: "labels"; "kl" to the unpruned model; "mix", the training's objective; "drawn", cross-entropy with labels
-    drawn from the unpruned model; "own", a loss of the user's. None is the criterion's usual one: "kl" for hvp, obd and
-    hvp_joint, "drawn" for fisher, fisher_set and obs, "labels" for taylor.
+    drawn from the unpruned model; "features", the distance of the pooled features from the unpruned model's
+    (losses.feature_distance; fisher, fisher_set and obs take random projections, losses.draw_directions); "own", a loss
+    of the user's. None is the criterion's usual one: "kl" for hvp, obd and hvp_joint, "drawn" for fisher, fisher_set
+    and obs, "labels" for taylor; for a model without a classifier "features".
     """
 
     criterion: str = "fisher"
@@ -52,10 +61,17 @@ class Scoring:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("loss", self.loss, (None, *LOSSES))
         check_choice("scheme", self.scheme, saliency.SCHEMES)
+        check_fields(self, _SHAPES)
         if self.loss == "kl" and self.criterion in ("taylor", "fisher", *CALIBRATED):
             raise UserError(
                 f'="{self.criterion}" with loss="kl" is 0 at the unpruned model, where the KL has no gradient; take '
                 '"labels", "mix" or "drawn"',
+                "criterion",
+            )
+        if self.loss == "features" and self.criterion == "taylor":
+            raise UserError(
+                '="taylor" with loss="features" is 0 at the unpruned model, where the distance has no gradient; take '
+                '"fisher", "hvp", "obd" or "obs"',
                 "criterion",
             )
         for name in ("batch", "batches", "probes", "chunk"):
@@ -66,6 +82,20 @@ class Scoring:
     def usual_loss(self) -> str:
         """The loss that is differentiated."""
         return self.loss or _USUAL.get(self.criterion, "labels")
+
+    def for_model(self, dims: ViTDims) -> "Scoring":
+        """As a model of these dims is scored. UserError for a loss that a model without a classifier does not have."""
+        if dims.classes or not self.needs_data:
+            return self
+        if self.loss is None and self.criterion != "taylor":
+            return dataclasses.replace(self, loss="features")
+        if self.usual_loss in ("features", "own"):
+            return self
+        if self.loss is None:
+            text = '="taylor" takes labels, which a model without a classifier has not; take "fisher", "hvp" or "obs"'
+            raise UserError(text, "criterion")
+        text = f'="{self.loss}" takes answers of a classifier, and the model has none; take "features"'
+        raise UserError(text, "loss")
 
     @property
     def calibrated(self) -> bool:
@@ -107,26 +137,32 @@ def make_score_step(
     objective = {
         "labels": Objective(),
         "drawn": Objective(),
-        "kl": Objective(label_weight=0.0, kl_weight=float(dims.classes)),  # the ordinary per-sample KL
+        "kl": Objective(label_weight=0.0, kl_weight=float(max(dims.classes, 1))),  # the per-sample KL
         "mix": mix,
+        "features": FEATURES,
         "own": Objective(own=mix.own),
     }[name]
+    forward = vit.features if name == "features" else vit.forward
 
     def loss(params: Params, masks: Units, batch: Batch) -> jax.Array:
-        logits = vit.forward(dims, params, batch["image"], masks, remat=scoring.remat)
-        return objective_loss(objective, logits, batch)[0]
+        out = forward(dims, params, batch["image"], masks, remat=scoring.remat)
+        if "direction" in batch:
+            return (batch["direction"] * out).sum((1, 2))
+        return objective_loss(objective, out, batch)[0]
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> Units:
         state = inputs.state
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         with jax.default_matmul_precision("float32"):
             if name not in ("labels", "own"):
-                batch = batch | {"teacher": vit.forward(dims, inputs.teacher, batch["image"])}
+                batch = batch | {"teacher": forward(dims, inputs.teacher, batch["image"])}
             if objective.teacher_alpha:
                 assert label_teacher is not None
                 batch = batch | {"label_teacher": label_teacher(inputs.label_teacher, batch["image"])}
             if name == "drawn":
                 batch = batch | {"label": draw_labels(batch["teacher"], key, batch["index"])}
+            if name == "features" and scoring.criterion == "fisher":
+                batch = batch | {"direction": draw_directions(batch["teacher"], key, batch["index"])}
             return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), mean=mean)
 
     return step

@@ -15,12 +15,12 @@ import numpy as np
 
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
-from nvit_jax.model.groups import Params
+from nvit_jax.model.groups import Params, flatten, unflatten
 from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
 from nvit_jax.pruning.moments import Sensitivity, TokenMoments, moments, summed
 from nvit_jax.pruning.saliency import per_sample
-from nvit_jax.training.losses import cross_entropy, draw_labels, kl_nvit
+from nvit_jax.training.losses import cross_entropy, draw_directions, draw_labels, feature_distance, kl_nvit
 
 Part = tuple[int, str]  # block, one of vit.PARTS
 Loss = Callable[..., jax.Array]  # (logits [B, T, C], batch) -> [B]
@@ -55,10 +55,16 @@ Gates = np.ndarray | None
 
 
 class Walk:
-    """The compiled steps through one kind of model; all blocks share them."""
+    """The compiled steps through one kind of model; all blocks share them.
 
-    def __init__(self, dims: ViTDims, images: Images, normalise: Callable[[Any], Any]) -> None:
+    `features`: losses are of its features, not of its logits; so they are of a model without a classifier.
+    """
+
+    def __init__(
+        self, dims: ViTDims, images: Images, normalise: Callable[[Any], Any], *, features: bool = False
+    ) -> None:
         self.dims, self.images, self._normalise = dims, images, normalise
+        self._read = vit.without_classifier(dims, {})[0] if features else dims  # up to what losses read
         self.parallel = images.parallel
         self._steps: dict[Any, Any] = {}
 
@@ -122,11 +128,10 @@ class Walk:
     def classifier_inputs(
         self, params: Params, ours: Streams, dense: Streams, embed: Gates
     ) -> tuple[TokenMoments, TokenMoments]:
-        """As `inputs`, of the classifiers; what all of them read counts as patches."""
-        features = dataclasses.replace(self.dims, classes=0, pre_logits=0)
+        """As `inputs`, of the layers behind the blocks, see vit.readout; what they read counts as patches."""
 
         def pair(state: Any, x: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return vit.classify(features, state[0], x, state[1]), vit.classify(features, state[0], dense)
+            return vit.readout(self.dims, state[0], x, state[1]), vit.readout(self.dims, state[0], dense)
 
         return self._moments("classifier_inputs", pair, (_outside(params), embed), ours, dense, prefix=0)
 
@@ -155,6 +160,23 @@ class Walk:
             one = jax.device_get(run(placed, batch))
             found[held] += TokenMoments(summed(one[:-1]), summed(one[-1:]))
         return found[False], found[True]
+
+    def stream_moments(self, params: Params) -> np.ndarray:
+        """[D, D] second moments of the stream as RMSNorm gives it out, a mean over images.
+
+        They are summed over the tokens, and over the places behind all parts.
+        """
+
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.dims.norm_eps)
+            return jnp.einsum("bni,bnj->ij", y, y)
+
+        run = self._step("stream_moments", step, rows=False)
+        streams, total = self.begin(params), np.zeros((self.dims.embed,) * 2)
+        for block, name in parts(self.dims):
+            streams = self.advance(name, padded_block(self.dims, params[f"block_{block}"]), streams)
+            total += sum(np.asarray(jax.device_get(run((), x)), np.float64) for x in streams)
+        return total / sum(len(x) for x in streams)
 
     def queries_and_keys(
         self, block: Params, shares: tuple[float, float], streams: Streams
@@ -208,7 +230,7 @@ class Walk:
         return [run((params, np.int32(block), embed), x) for x in streams]
 
     def divergence(self, ours: list[jax.Array], theirs: list[jax.Array]) -> float:
-        """Mean over images: KL of the classifiers' mean from `theirs`; without classes the mean square of the error."""
+        """Mean over images: KL of the classifiers' mean from `theirs`; without classes `feature_distance`."""
         step = self._step("divergence", lambda _, pair: _divergence(self.dims, *pair), rows=False)
         found = [step((), pair) for pair in zip(ours, theirs, strict=True)]
         return float(sum(np.asarray(f, np.float64) for f in found) / sum(len(x) for x in ours))
@@ -219,9 +241,9 @@ class Walk:
         """Of every part in the order of `parts`.
 
         `loss(logits [B, T, C], batch) -> [B]` is differentiated; None: -log of the probability of a label drawn from
-        the model, `draws` for each image. A model without classes: half the squared error of its features.
+        the model, `draws` for each image. Of features: their projections on `draw_directions`.
         """
-        dims = self.dims
+        dims, read = self.dims, self._read
 
         def step(state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             params, key = state
@@ -236,13 +258,13 @@ class Walk:
                     return x, None
 
                 out, _ = jax.lax.scan(body, x, (params["blocks"], taps))
-                return vit.classify(dims, _outside(params), out)
+                return vit.classify(read, _outside(params), out)
 
             taps = jnp.zeros((dims.depth, len(vit.PARTS), *x.shape), x.dtype)
             logits, pull = jax.vjp(run, taps)
             total: Any = 0.0, 0.0
             for draw in range(1 if loss is not None else draws):
-                (g,) = pull(_cotangent(dims, loss, logits, batch, jax.random.fold_in(key, draw)))
+                (g,) = pull(_cotangent(read, loss, logits, batch, jax.random.fold_in(key, draw)))
                 found = jnp.einsum("lpbnd,lpbne->lpde", g, g), jnp.square(g).sum((2, 4))
                 total = jax.tree.map(jnp.add, total, found)
             return total
@@ -277,7 +299,8 @@ class Walk:
         Samples are images, and of each the draws; the losses are those of `sensitivities`. `units`: places among all
         units of the model, kind after kind, flattened.
         """
-        dims, masks = self.dims, full_masks(self.dims)
+        dims, read, masks = self.dims, self._read, full_masks(self.dims)
+        forward = vit.forward if read == dims else vit.features
         draws = 1 if loss is not None else draws
 
         def step(state: Any, batch: Any) -> jax.Array:
@@ -285,10 +308,10 @@ class Walk:
             key = jax.random.wrap_key_data(key)
             images = self._normalise(batch["image"])
             size = len(images)
-            logits, pull = jax.vjp(lambda gates: vit.forward(dims, params, images, gates), per_sample(masks, size))
+            logits, pull = jax.vjp(lambda gates: forward(dims, params, images, gates), per_sample(masks, size))
 
             def one(draw: int) -> jax.Array:
-                (g,) = pull(_cotangent(dims, loss, logits, batch, jax.random.fold_in(key, draw)))
+                (g,) = pull(_cotangent(read, loss, logits, batch, jax.random.fold_in(key, draw)))
                 blocks = [jnp.moveaxis(kind, 1, 0).reshape(size, -1) for kind in g[1:]]
                 return jnp.concatenate([g.embed, *blocks], 1)[:, units]
 
@@ -311,8 +334,7 @@ def _cotangent(dims: ViTDims, loss: Loss | None, logits: jax.Array, batch: Any, 
     if loss is not None:
         return jax.grad(lambda out: loss(out, batch).sum())(logits)
     if not dims.classes:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
-        return jax.vmap(lambda k: jax.random.normal(k, logits.shape[1:], logits.dtype))(keys)
+        return draw_directions(logits, key, batch["index"])
     label = draw_labels(logits, key, batch["index"])
     return jax.grad(lambda out: cross_entropy(out.mean(1), label).sum())(logits)
 
@@ -324,15 +346,14 @@ def _outside(params: Params) -> Params:
 
 def _divergence(dims: ViTDims, ours: jax.Array, theirs: jax.Array) -> jax.Array:
     if not dims.classes:
-        return jnp.square(ours - theirs).mean((1, 2)).sum()
+        return feature_distance(theirs, ours).sum()
     return kl_nvit(theirs.mean(1), ours.mean(1), 1.0).sum() * dims.classes
 
 
 def padded_block(dims: ViTDims, block: Params) -> Params:
     """One block's parameters at the widths of `dims.padded()`, with zeros, as `vit.part` takes them."""
-    whole = vit.block_shapes(dims.padded())
-
-    def pad(leaf: Any, wanted: Any) -> np.ndarray:
-        return np.pad(np.asarray(leaf), [(0, n - m) for n, m in zip(wanted.shape, np.shape(leaf), strict=True)])
-
-    return jax.tree.map(pad, block, whole)
+    own, out = dict(flatten(block)), {}
+    for path, wanted in flatten(vit.block_shapes(dims.padded())):
+        leaf = np.asarray(own.get(path, np.zeros((0,) * len(wanted.shape), np.asarray(own["proj/bias"]).dtype)))
+        out[path] = np.pad(leaf, [(0, n - m) for n, m in zip(wanted.shape, leaf.shape, strict=True)])
+    return unflatten(out)

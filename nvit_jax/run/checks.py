@@ -14,18 +14,19 @@ from nvit_jax.api.targets import check_without_latency, reachable_targets
 from nvit_jax.api.trainer import Trainer
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.data.feed import Draws, SplitFeed, make_feed
-from nvit_jax.errors import UserError
+from nvit_jax.errors import UserError, renamed
+from nvit_jax.formats.export import check_formats
 from nvit_jax.latency.sources import Milliseconds
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.parallel import Parallel, any_process
+from nvit_jax.paths import in_words
 from nvit_jax.pruning.rules import ranker
 from nvit_jax.pruning.scoring import make_score_step
-from nvit_jax.run import writes
+from nvit_jax.run import report, writes
 from nvit_jax.run.agenda import Step
 from nvit_jax.run.outlook import Facts, Outlook, View
 from nvit_jax.run.stages import rules
-from nvit_jax.run.stages.common import augment_of, keys_of, recipe_of, teacher_of
-from nvit_jax.training.losses import Objective
+from nvit_jax.run.stages.common import augment_of, keys_of, objective_of, recipe_of, teacher_of
 from nvit_jax.training.monitor import Monitor
 
 
@@ -60,7 +61,7 @@ def _check_writable(place: pathlib.Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{place} cannot be written: {error.strerror}") from error
+        raise UserError(f"{place} cannot be written: {in_words(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- trainings
@@ -86,7 +87,7 @@ def check_finetune(view: View) -> None:
         pruned = view.outlook.model(
             place / "model" if s.snapshot is None else place / "snapshots" / str(s.snapshot) / "model"
         )
-    if s.kl_weight:
+    if s.kl_weight or not pruned.dims.classes:
         view.dense()
     _check_training(view, pruned)
 
@@ -106,9 +107,7 @@ def _check_training(view: View, facts: Facts) -> None:
 def _recipe(view: View, dims: ViTDims, data: Dataset) -> Recipe:
     """Of the stage's own section, its teacher read."""
     teacher = teacher_of(view.config, view.name, dims, data.preprocessing)
-    s = view.config[view.name]
-    objective = Objective(label_weight=s.label_weight, teacher_alpha=s.teacher_alpha, teacher_tau=s.teacher_tau)
-    return recipe_of(view.config, view.name, objective, teacher)
+    return recipe_of(view.config, view.name, objective_of(view.config, view.name, dims), teacher)
 
 
 def _trainer(recipe: Recipe, dims: ViTDims, data: Dataset) -> tuple[SplitFeed, Trainer]:
@@ -135,12 +134,13 @@ def check_prune(view: View) -> None:
     if not measured_later:
         predict = rules.latency_model(view.run("latency"), dims)
     with rules.prune_keys():
+        plan, scoring = rules.plan(p), rules.scoring(p).for_model(dims)
+        check_method(plan, scoring, rules.choice(p, dims), p.compensate, dims)
         _check_targets(p, dims, predict, measured_later=measured_later)
     data = view.data(facts)
     data.split("val")
     with rules.prune_keys():
-        plan, scoring, recipe = rules.plan(p), rules.scoring(p), _recipe(view, dims, data)
-        check_method(plan, scoring, rules.choice(p), p.compensate)
+        recipe = _recipe(view, dims, data)
         if not scoring.calibrated:
             make_score_step(dims, scoring, recipe.objective)
         feed, trainer = _trainer(recipe, dims, data)
@@ -148,14 +148,14 @@ def check_prune(view: View) -> None:
             feed.reader(trainer.draws()).close()
         if not scoring.from_training and scoring.batch is not None:
             trainer.parallel.check_batch(scoring.batch, "criterion.batch")
-            feed.reader(Draws(scoring.batch, (0,), trainer.parallel)).close()
+            feed.reader(Draws(scoring.batch, (0,), trainer.parallel, labels=False)).close()
 
 
 def _check_targets(p: ConfigDict, dims: ViTDims, predict: Milliseconds | None, *, measured_later: bool) -> None:
     """What a latency that is yet to be measured allows cannot be told; all else can."""
     limits, choice, plan = (
         rules.limits(p, latency=measured_later or predict is not None),
-        rules.choice(p),
+        rules.choice(p, dims),
         rules.plan(p),
     )
     if measured_later:
@@ -190,15 +190,19 @@ def check_export(view: View) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(f'config.export.formats: "onnx" needs pip install "nvit_jax[onnx]" (there is no {missing[0]})')
     if name := next((name for name in ("finetune", "prune") if view.done(name)), ""):
-        if not view.coming(name):
-            view.outlook.model(view.path(name) / "model")
+        last = None if view.coming(name) else view.outlook.model(view.path(name) / "model")
     else:
-        view.dense()
+        last = view.dense()
+    if last is not None:
+        with renamed({key: f"config.export.{key}" for key in ("formats", "weights")}):
+            check_formats(last.dims, tuple(c.formats), c.weights)
 
 
 def check_report(view: View) -> None:
-    """There is something to show."""
+    """There is something to show, and the files that it stands in can be read."""
     view.need("eval")
+    if not any(view.coming(name) for name in ("pretrain", "prune", "finetune", "eval")):
+        report.check_files(view.step.workdir)
 
 
 def check_preview(view: View) -> None:

@@ -21,11 +21,12 @@ def default_config() -> ConfigDict:
     c.parallel = "jit"  # or "pmap", "fsdp", see nvit_jax/parallel.py
     c.dtype = "float32"  # of compute in training and evaluation: "float32" or "bfloat16"; saliency is float32
     c.matmul_precision = placeholder(str)  # training: None is the device's default, else "float32", ...
+    c.profile = 0  # pretrain, prune, finetune: trace so many training steps, into W/<stage>/profile/
 
     c.vit = vit = ConfigDict()  # the model that pretrain makes
     vit.preset = placeholder(str)  # "deit_tiny", ..., or None; the keys below override it
-    vit.image = placeholder(int)  # side of the images, in pixels
-    vit.patch = placeholder(int)  # side of a patch, in pixels
+    vit.image = placeholder(object)  # side of the images, in pixels; of rectangles (height, width)
+    vit.patch = placeholder(object)  # side of a patch, in pixels; the same
     vit.channels = placeholder(int)  # of the images: 3 for colour (the default), 1 for grey
     vit.classes = placeholder(int)  # outputs of the classifier
     vit.embed = placeholder(int)  # channels of the residual stream
@@ -39,13 +40,22 @@ def default_config() -> ConfigDict:
     vit.cls_token = placeholder(bool)  # with a class token
     vit.dist_token = placeholder(bool)  # with a distillation token, which a second classifier reads
     vit.layer_scale = placeholder(bool)  # with LayerScale
-    vit.norm_after_pool = placeholder(bool)  # the final LayerNorm stands behind the pooling instead of before it
+    vit.norm_after_pool = placeholder(bool)  # the final norm stands behind the pooling instead of before it
     vit.qkv_bias = placeholder(bool)  # with biases of queries, keys and values
     vit.positions = placeholder(str)  # position embeddings of "all" tokens, of "patches" only, or "none"
-    vit.pool = placeholder(str)  # what the classifier reads: the "class" token, or a "mean" of tokens
-    vit.mean_over = placeholder(str)  # tokens of that mean: "patches" or "all"
-    vit.activation = placeholder(str)  # of the mlp: "gelu" (exact) or "gelu_tanh"
-    vit.norm_eps = placeholder(float)  # of every LayerNorm
+    vit.patch_bias = placeholder(bool)  # with a bias of the patch embedding
+    vit.pre_norm = placeholder(bool)  # with a norm in front of the first block, as CLIP has it
+    vit.pool = placeholder(str)  # the classifier reads "class" token, "mean", "class_mean", "max", "avgmax" or "map"
+    vit.pool_heads = placeholder(int)  # map, attention pooling: its heads; None: those of a block
+    vit.pool_mlp = placeholder(int)  # map: hidden neurons of its mlp; None: those of a block
+    vit.mean_over = placeholder(str)  # tokens that are pooled: "patches" or "all"
+    vit.activation = placeholder(str)  # of the mlp: "gelu" (exact), "gelu_tanh", "quick_gelu", "relu", "silu"
+    vit.gated = placeholder(bool)  # the mlp's neurons are multiplied by gates; with "silu" that is SwiGLU
+    vit.norm = placeholder(str)  # "layer" (LayerNorm, the default) or "rms" (RMSNorm without parameters)
+    vit.norm_eps = placeholder(float)  # of every norm
+    vit.qk_norm_count = placeholder(int)  # RMSNorm over a head's queries and keys; their dims; None or 0: none
+    vit.rotary = placeholder(int)  # rotary positions: pairs of query/key dims of a head, even; None or 0: none
+    vit.rotary_base = placeholder(float)  # of their frequencies; None: 100, as in DINOv3
     vit.init_std = 0.02  # of kernels and tokens (DeiT)
     vit.position_std = 0.02  # of position embeddings
 
@@ -55,7 +65,7 @@ def default_config() -> ConfigDict:
     c.data.train = placeholder(str)  # to train and calibrate: DIR of DIR/class/image; a TFDS split ("train[:98%]")
     c.data.val = placeholder(str)  # for evaluation
     c.data.classes = placeholder(str)  # folder: a file with one class folder's name a line, in the order of the labels
-    c.data.holdout = placeholder(float)  # folder: this part of data.train, by hash of the file name, is data.val
+    c.data.holdout = placeholder(float)  # folder, tfds: this part of data.train is data.val
 
     c.data.workers = 0  # processes that read and augment images ahead of the device; 0: threads
     c.data.threads = placeholder(int)  # in each of them; None: its share of the cores
@@ -100,7 +110,8 @@ def default_config() -> ConfigDict:
     prune.groups_per_step = 2  # groups removed per pruning of "iterative"
     prune.ema = 0.0  # momentum of the scores from pruning to pruning (NViT 0.9)
     prune.score = score = ConfigDict()
-    # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model).
+    # kl (to the unpruned model), labels, mix (the training objective), drawn (labels from the unpruned model), features
+    # (their distance from the unpruned model's; models without a classifier have no other).
     score.loss = placeholder(str)  # None: kl for hvp, obd, hvp_joint; drawn for fisher, fisher_set; labels for taylor
     # taylor alone, with plain_first: from the gradients that the training steps since the last pruning take anyway, as
     # NViT; the other keys of this section have no part then
@@ -121,7 +132,7 @@ def default_config() -> ConfigDict:
     prune.kinds = placeholder(tuple)  # what may be removed; None: all that the criterion has scores for
     prune.compensate = placeholder(bool)  # fit the weights that stay anew; None: with one_shot
     prune.protected = ()  # blocks whose units stay
-    # Widths that stay in every block (embed: of the model).
+    # Widths that stay in every block (embed: of the model). With 0 for head or mlp a block may lose that part whole.
     prune.floors = ConfigDict({"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
     prune.target = ConfigDict()  # every one that is set must hold
     for name in ("latency_ratio", "latency_ms", "macs_ratio", "macs", "params_ratio", "params"):
@@ -161,10 +172,15 @@ def default_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.batch = 256  # images that are evaluated together
     c.eval.split = "test"  # that is evaluated: "train", "val" or "test"
+    c.eval.neighbours = 20  # nearest ones that vote for the class of an image, where a model has no classifier
+    c.eval.database = 10000  # images of the train split at most that neighbours are; to evaluate that split: its own
 
     c.export = ConfigDict()
-    c.export.formats = ("safetensors", "stablehlo")  # and "onnx", which needs the packages of the extra [onnx]
+    # and "onnx", which needs the packages of the extra [onnx], and "transformers", for models whose blocks are alike
+    c.export.formats = ("safetensors", "stablehlo")
     c.export.dtypes = ("float32",)  # and "float16", "bfloat16": one file for each
+    c.export.opset = 20  # of the ONNX file, 17 to 25; TensorRT 11 and onnxruntime read them all
+    c.export.weights = "constants"  # inside of a StableHLO program, or "arguments" that it is called with
 
     c.compare = ()  # criteria to run to the same targets, after the run itself, under W/compare/<criterion>/
     return c

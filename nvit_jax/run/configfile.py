@@ -12,7 +12,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import nvit_jax
-from nvit_jax.errors import UserError, nearest
+from nvit_jax.errors import UserError, first_line, nearest
+from nvit_jax.paths import kind, named
 
 if TYPE_CHECKING:  # help and mistakes do not wait for it
     from ml_collections import ConfigDict
@@ -32,13 +33,17 @@ def builtin_names() -> list[str]:
 
 def find_config(text: str) -> pathlib.Path:
     """The file that `text` means, without its variant: a path, else a built-in name. UserError when there is none."""
-    name = text.partition(":")[0]
-    path = pathlib.Path(name)
-    if path.is_file():
+    name = text if "://" in text else text.partition(":")[0]
+    path = named(name, "--config=")
+    if (found := kind(path, "--config=")) == "a file":
         return path
+    if found not in (None, "a directory"):
+        raise UserError(f"--config={text} is {found}, not a file")
     names = builtin_names()
     if name in names:
         return builtin_folder() / f"{name}.py"
+    if found and path.name not in names:
+        raise UserError(f"--config={text} is a directory, not a file")
     if path.suffix or len(path.parts) > 1:
         hint = f"; there is a built-in one: --config {path.stem}" if path.stem in names else ""
         raise UserError(f"--config={text}: there is no such file{hint}")
@@ -50,6 +55,10 @@ def find_config(text: str) -> pathlib.Path:
 
 def load_config(text: str) -> "ConfigDict":
     """What get_config() of a file returns; `text` is PATH or NAME, with :VARIANT for its argument. UserError."""
+    if text.endswith((".json", ".yaml", ".yml", ".toml")):
+        raise UserError(
+            f"--config={text}: a config is a Python file with a function get_config(); --config.KEY=VALUE sets a key"
+        )
     module = _run_file(text)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={text} has no function get_config()")
@@ -89,5 +98,4 @@ def _run_file(text: str) -> types.ModuleType:
 def _in_words(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it calls sys.exit({'' if error.code is None else repr(error.code)})"
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,16 +1,20 @@
 """The flags of `nvit-jax run` and config overrides, and one line for everything that is wrong with them."""
 
 import difflib
+import itertools
+import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nvit_jax.errors import UserError, nearest
+from nvit_jax.errors import UserError, first_line, nearest
+from nvit_jax.paths import file, named, read
 from nvit_jax.run.config import STAGES, default_config, flatten_config
 from nvit_jax.run.configfile import load_config
+from nvit_jax.run.shapes import SHAPES
 from nvit_jax.run.validation import check_config
 
 _OVERRIDE = re.compile(r"--?(no)?config\.")
@@ -22,10 +26,11 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     UserError for what absl and ml_collections do not accept, and for bad values.
     """
     values = _define()
+    _check_flagfiles(argv, set())
     try:
         words = values.read_flags_from_files(argv[1:], force_gnu=False)
     except flags.Error as error:
-        raise UserError(_first_line(error)) from error
+        raise UserError(_said(error)) from error
     text, words = _take_config(words)
     _check_names(words, values)
     if text is None:
@@ -34,6 +39,7 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     _apply(config, words, values)
     if not values.workdir:
         raise UserError("--workdir is missing")
+    named(values.workdir, "--workdir=")
     _check_processes(values)
     check_config(config)
     if values.stage is None:
@@ -59,7 +65,7 @@ def join(values: Any) -> None:
         )
     except (ValueError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"--distributed: {_first_line(error)}; where JAX does not find the "
+            f"--distributed: {_said(error)}; where JAX does not find the "
             "other processes by itself, give --coordinator=HOST:PORT --processes=N --process_id=I, 0 <= I < N"
         ) from error
     if jax.process_index() == 0:
@@ -77,6 +83,24 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_integer(name, None, "", flag_values=values)
     flags.DEFINE_list("local_devices", None, "", flag_values=values)
     return values
+
+
+def _check_flagfiles(words: Sequence[str], seen: set[pathlib.Path]) -> None:
+    """UserError for a file of flags that is none, also for one that another names: absl would wait for a pipe."""
+    for name in _flagfiles(words):
+        path = pathlib.Path(name).expanduser()
+        if path in seen:
+            continue
+        seen.add(path)
+        content = read(file(path, "--flagfile="), "--flagfile=", most=2**20)
+        _check_flagfiles([line.strip() for line in content.decode(errors="replace").splitlines()], seen)
+
+
+def _flagfiles(words: Sequence[str]) -> Iterator[str]:
+    """What absl would open."""
+    for word, following in itertools.pairwise((*words, "")):
+        if match := re.fullmatch(r"--?flagfile(?:=(.*))?", word):
+            yield following if match[1] is None else match[1]
 
 
 def _take_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -127,7 +151,7 @@ def _apply(config: ConfigDict, words: Sequence[str], values: flags.FlagValues) -
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *words])
         rest = values(["", *words])
     except Exception as error:  # ml_collections raises many kinds
-        raise UserError(_first_line(error).removeprefix("flag ")) from error
+        raise UserError(_of_key(words) or _said(error).removeprefix("flag ")) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.seed=1")
     for word in unset:
@@ -152,6 +176,29 @@ def _check_key(key: str, keys: dict[str, Any]) -> None:
     raise UserError(f"unknown config key {key!r}{hint}")
 
 
+def _of_key(words: Sequence[str]) -> str:
+    """What is wrong with the first override that cannot be read, "" when all of them can."""
+    for word in words:
+        key, equals, value = _key(word), *word.partition("=")[1:]
+        if not (_OVERRIDE.match(word) and equals):
+            continue
+        shape, config = SHAPES.get(key), default_config()
+        if shape is None:
+            return f"--config.{key}={value}: it is a section; set its keys, as in --config.{_first_key(key)}=VALUE"
+        try:
+            config_flags.DEFINE_config_dict(
+                "config", config, flag_values=(one := flags.FlagValues()), sys_argv=["", word]
+            )
+            one(["", word])
+        except Exception:  # of many kinds
+            return f"--config.{key}={value}: must be {shape.words}"
+    return ""
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in SHAPES if key.startswith(f"{section}."))
+
+
 def _unset(config: ConfigDict, key: str) -> None:
     if flatten_config(default_config()).get(key, "") is not None:
         raise UserError(f"--config.{key}=None: it cannot be unset")
@@ -162,5 +209,8 @@ def _unset(config: ConfigDict, key: str) -> None:
     node[last] = None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _said(error: Exception) -> str:
+    """Of what absl and ml_collections say."""
+    text = first_line(error).removeprefix("ERROR:: ")
+    flag, _, rest = text.partition(": ('Non-boolean argument")
+    return f"{flag}: give true or false" if rest else text

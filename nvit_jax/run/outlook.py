@@ -32,6 +32,7 @@ class Facts:
     dims: ViTDims
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     masked: bool = False
+    to_come: bool = False  # pretrain is going to make it, for the classes of its data
 
     @classmethod
     def of(cls, model: Model) -> "Facts":
@@ -86,11 +87,12 @@ class Outlook:
 
     def data(self, run: Run, facts: Facts) -> Dataset:
         """The data set of a config, listed once. UserError when it does not fit the model."""
-        d = facts.dims
-        read = (run.config.data.to_dict(), d.image, d.channels, d.classes, facts.info.get("preprocessing"))
+        d, fresh = facts.dims, facts.to_come
+        known = [facts.info.get(key) for key in ("preprocessing", "classes")]
+        read = (run.config.data.to_dict(), d.image, d.channels, d.classes, known, fresh)
         key = json.dumps(read, sort_keys=True)
         if key not in self._data:
-            self._data[key] = load_data(run, d, facts.info)
+            self._data[key] = load_data(run, d, facts.info, fresh=fresh)
         return self._data[key]
 
 
@@ -140,11 +142,16 @@ class View:
         """The model that pretrain trains."""
         given = self.config.pretrain.start
         if not given:
-            return Facts(dims_from_config(self.config.vit))
+            dims = dims_from_config(self.config.vit)
+            if not dims.classes:
+                raise UserError(
+                    "config.vit.classes=0: pretrain learns labels, which need a classifier; set --config.model"
+                )
+            return Facts(dims, to_come=True)
         facts = self.outlook.model(Path(given))
         if facts.masked or not facts.dims.classes:
             raise UserError(f"config.pretrain.start={given} must be a model without masks and with a classifier")
-        return facts
+        return dataclasses.replace(facts, to_come=True)
 
     def dense(self) -> Facts:
         """The model to prune."""

@@ -31,10 +31,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "scro
 
 
 def picture(pixels: np.ndarray, side: int, text: str) -> str:
-    """An image of uint8 [s, s, channels], shown as large as `side`; `text` says what it is."""
+    """An image of uint8 [h, w, channels], shown with its larger side as large as `side`; `text` says what it is."""
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     buffer = io.BytesIO()
-    image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None).save(buffer, "PNG")
+    width, height = (max(side * n // max(image.size), 1) for n in image.size)
+    image.resize((width, height), Image.Resampling.NEAREST if image.width < side else None).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
@@ -57,7 +58,7 @@ _PAGE = string.Template("""<!doctype html>
  .keys { margin-top: .5rem } .keys th, .keys td { text-align: left } .keys td { overflow-wrap: anywhere }
  .scroll { overflow-x: auto } figure { margin: .5rem 0 } svg { display: block; max-width: 100%; height: auto }
  @media (max-width: 40rem) { body { margin: 1rem auto } h1 { font-size: 1.25rem }
-  th, td { padding: .3rem .2rem } table { font-size: 13px } }
+  th, td { padding: .3rem .4rem } table { font-size: 13px } }
 </style></head><body>
 <h1>$title</h1>
 $body

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from nvit_jax.training.measures import CLASSIFIER, Measure
+
 Line = Mapping[str, Any]  # of log.jsonl or history.jsonl
 Drawn = tuple[Any, str]  # a matplotlib figure, and what it shows in one sentence
 
@@ -74,6 +76,18 @@ def _whole_numbers(axis: Any) -> None:
     axis.get_major_locator().set_params(integer=True)
 
 
+def _plain_numbers(axis: Any) -> None:
+    """0.08 for 8 x 10^-2 on a logarithmic axis; which ticks have a number is left to matplotlib."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
+
+
 def _show_percents(axis: Any, values: Sequence[float]) -> None:
     """Around the values, but never so near that one image looks like a cliff."""
     margin = max(2, 0.15 * (max(values) - min(values)))
@@ -102,10 +116,10 @@ def widths(plt: Any, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Dra
         _whole_numbers(axis.yaxis)
     drawn.legend(*axes[1].get_legend_handles_labels(), loc="upper right")
     drawn.tight_layout(rect=(0, 0, 0.93, 1))
-    totals = [f"{name} {sum(dense[key]):,} to {sum(pruned[key]):,}" for key, name, _ in (_WIDTHS[0], _WIDTHS[3])]
+    totals = [f"{name} {sum(dense[key]):,} to {sum(pruned[key]):,}" for key, name, _ in _WIDTHS]
     sentence = (
         f"Bars of each width by block, before and after pruning: embed channels {dense['embed']} to {pruned['embed']}, "
-        f"over all blocks {' and '.join(totals)}."
+        f"summed over the blocks {', '.join(totals)}."
     )
     return drawn, sentence
 
@@ -113,23 +127,29 @@ def widths(plt: Any, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Dra
 # -------------------------------------------------------------------------------------- along the pruning
 
 
-def history(plt: Any, lines: Sequence[Line], metrics: Mapping[str, Any], dense_top1: float | None) -> Drawn:
-    """Accuracy right after each pruning, and what the model costs, from the dense model (0) to the last pruning."""
+def history(
+    plt: Any, lines: Sequence[Line], metrics: Mapping[str, Any], dense: float | None, watched: Measure = CLASSIFIER[0]
+) -> Drawn:
+    """Accuracy right after each pruning, and what the model costs, from the dense model (0) to the last pruning.
+
+    `watched`: what stands for the accuracy, and `dense` the unpruned model's.
+    """
     drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
-    x, top1 = [line["pruning"] for line in lines], [100 * line["val_top1"] for line in lines]
-    if dense_top1 is not None:
-        left.axhline(100 * dense_top1, color=_DENSE, linestyle="--", label="dense model")
+    key = f"val_{watched.key}"
+    x, top1 = [line["pruning"] for line in lines], [100 * line[key] for line in lines]
+    if dense is not None:
+        left.axhline(100 * dense, color=_DENSE, linestyle="--", label="dense model")
         left.legend()
-        top1 = [100 * dense_top1, *top1]
+        top1 = [100 * dense, *top1]
     left.plot(range(x[-1] - len(top1) + 1, x[-1] + 1), top1, "o-", color=_PRUNED, ms=4)
     _show_percents(left, top1)
-    left.set_title("accuracy right after each pruning")
-    left.set_ylabel("validation top-1 (%)")
+    left.set_title(f"{'accuracy' if watched.key == 'top1' else 'similarity'} right after each pruning")
+    left.set_ylabel(f"validation {watched.title} (%)")
     costs = [100.0, *(100 * line["macs_ratio"] for line in lines)]
     right.plot([0, *x], costs, "o-", color=_THIRD, label="MACs", ms=4)
     if metrics["predicted_latency_ms"] is not None:
-        dense = metrics["predicted_latency_ms"] / metrics["predicted_latency_ratio"]
-        ratios = [100.0, *(100 * line["predicted_latency_ms"] / dense for line in lines)]
+        whole = metrics["predicted_latency_ms"] / metrics["predicted_latency_ratio"]
+        ratios = [100.0, *(100 * line["predicted_latency_ms"] / whole for line in lines)]
         right.plot([0, *x], ratios, "s-", color=_PRUNED, label="latency, predicted", ms=4)
     right.set_title("cost")
     right.set_ylabel("% of the dense model")
@@ -140,9 +160,9 @@ def history(plt: Any, lines: Sequence[Line], metrics: Mapping[str, Any], dense_t
         axis.set_xlim(-0.03 * x[-1], 1.03 * x[-1])
         _whole_numbers(axis.xaxis)
     drawn.tight_layout()
-    start = "" if dense_top1 is None else f"from {dense_top1:.1%} of the dense model "
+    start = "" if dense is None else f"from {dense:.1%} of the dense model "
     sentence = (
-        f"Lines over {x[-1]} prunings: validation top-1 goes {start}to {lines[-1]['val_top1']:.1%}, MACs to "
+        f"Lines over {x[-1]} prunings: validation {watched.title} goes {start}to {lines[-1][key]:.1%}, MACs to "
         f"{lines[-1]['macs_ratio']:.1%} of the dense model's."
     )
     return drawn, sentence
@@ -161,7 +181,8 @@ def remaining(plt: Any, dense: Mapping[str, Any], lines: Sequence[Line]) -> Draw
     _whole_numbers(axes[0].xaxis)
     for axis, (key, title, _) in zip(axes[1:], _WIDTHS, strict=True):
         whole = np.array(dense[key], float)
-        part = 100 * np.array([whole] + [line["dims"][key] for line in lines]) / whole
+        left = np.array([whole] + [line["dims"][key] for line in lines])
+        part = 100 * np.divide(left, whole, out=np.full(left.shape, np.nan), where=whole > 0)
         image = axis.imshow(part.T, aspect="auto", origin="lower", vmin=0, vmax=100, cmap="viridis")
         axis.set_title(title)
         axis.set_xlabel("prunings done")
@@ -171,7 +192,7 @@ def remaining(plt: Any, dense: Mapping[str, Any], lines: Sequence[Line]) -> Draw
     drawn.tight_layout(rect=(0, 0, 0.94, 1))
     bar = drawn.colorbar(image, cax=drawn.add_axes((0.945, 0.2, 0.008, 0.65)), label="left (%)")
     bar.outline.set_visible(False)
-    neurons = sum(lines[-1]["dims"]["mlp"]) / sum(dense["mlp"])
+    neurons = sum(lines[-1]["dims"]["mlp"]) / max(sum(dense["mlp"]), 1)
     sentence = (
         f"Maps of the part of each width that is left, by block and number of prunings: after {x[-1]} prunings "
         f"{embed[-1]:.0f}% of the embed channels and {neurons:.0%} of the mlp neurons."
@@ -188,11 +209,19 @@ def _by_block(arrays: Mapping[str, np.ndarray], kind: str) -> list[np.ndarray]:
     return [values[masks]] if kind == "embed" else [v[m] for v, m in zip(values, masks, strict=True)]
 
 
+def _scored(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+    """The kinds that have scores, and their names; all where none has."""
+    return [(kind, title) for kind, title in _UNITS if arrays[kind].any()] or list(_UNITS)
+
+
 def scores(plt: Any, arrays: Mapping[str, np.ndarray]) -> Drawn:
-    """Median and the middle 80% of the positive scores of every block's units."""
-    drawn, axes = plt.subplots(1, 5, figsize=(12, 2.9), width_ratios=(0.5, 1, 1, 1, 1))
+    """Median and the middle 80% of the positive scores of every block's units, of the kinds that were scored."""
+    units = _scored(arrays)
+    shares = [0.5 if kind == "embed" else 1.0 for kind, _ in units]
+    size = (12 * sum(shares) / 4.5, 2.9)
+    drawn, ((*axes,),) = plt.subplots(1, len(units), figsize=size, width_ratios=shares, squeeze=False)
     medians: dict[str, np.ndarray] = {}
-    for axis, (kind, title) in zip(axes, _UNITS, strict=True):
+    for axis, (kind, title) in zip(axes, units, strict=True):
         rows = _by_block(arrays, kind)
         positive = [r[r > 0] if (r > 0).any() else np.array([np.nan]) for r in rows]
         low, middle, high = (np.array([np.quantile(r, q) for r in positive]) for q in (0.1, 0.5, 0.9))
@@ -205,16 +234,17 @@ def scores(plt: Any, arrays: Mapping[str, np.ndarray]) -> Drawn:
         place = "block" if len(rows) > 1 else "all blocks"
         axis.set_xlabel(place + (f"\n{others} not positive" if others else ""))
         axis.set_xticks([] if len(rows) == 1 else blocks if len(rows) <= 8 else blocks[::4])
-    axes[0].set_xlim(-1, 1)
+        if kind == "embed":
+            axis.set_xlim(-1, 1)
     axes[0].set_ylabel("score of a unit")
     for axis in axes[1:]:
         axis.set_ylabel("score")
     drawn.tight_layout()
-    neurons = medians["mlp"]
-    known = np.isfinite(neurons).any()
-    range_ = f"from {np.nanmin(neurons):.1e} to {np.nanmax(neurons):.1e}" if known else "not positive"
+    kind, title = units[-1]
+    known = np.isfinite(medians[kind]).any()
+    range_ = f"from {np.nanmin(medians[kind]):.1e} to {np.nanmax(medians[kind]):.1e}" if known else "not positive"
     sentence = (
-        "Saliency of the units of each kind by block, on a logarithmic axis: the median score of a block's mlp neurons "
+        f"Saliency of the units of each kind by block, on a logarithmic axis: the median score of a block's {title} "
         f"is {range_}."
     )
     return drawn, sentence
@@ -224,9 +254,12 @@ def sensitivity(plt: Any, arrays: Mapping[str, np.ndarray], unit: str) -> Drawn:
     """The median score of a unit by what one unit less saves."""
     drawn, axis = plt.subplots(figsize=(7, 3))
     least: tuple[float, str] = (np.inf, "")
+    scored = dict(_scored(arrays))
     styles = zip(_UNITS, "Ds^vo", (_DENSE, _THIRD, _FOURTH, _FIFTH, _PRUNED), strict=True)
     for (kind, title), marker, colour in styles:
-        median = np.array([np.median(r) for r in _by_block(arrays, kind)])
+        if kind not in scored:
+            continue
+        median = np.array([np.median(r) if len(r) else 0.0 for r in _by_block(arrays, kind)])
         if kind in ("qk", "v"):  # one width less is one dim of every head
             median = median * arrays["mask_head"].sum(-1)
         saving = np.atleast_1d(arrays[f"saving_{kind}"])
@@ -241,7 +274,7 @@ def sensitivity(plt: Any, arrays: Mapping[str, np.ndarray], unit: str) -> Drawn:
     axis.set_xlabel("block")
     axis.set_ylabel(f"score per {unit} saved")
     _whole_numbers(axis.xaxis)
-    axis.legend(bbox_to_anchor=(1, 1))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
     drawn.tight_layout()
     lowest = f": least for {least[1]}, {least[0]:.1e}" if least[1] else ""
     return drawn, f"Median score of a unit per {unit} that it saves, by kind and block, on a logarithmic axis{lowest}."
@@ -251,10 +284,15 @@ def sensitivity(plt: Any, arrays: Mapping[str, np.ndarray], unit: str) -> Drawn:
 
 
 def losses(
-    plt: Any, curves: Mapping[str, Sequence[Line]], rates: Mapping[str, float | None], dense_top1: float | None
+    plt: Any,
+    curves: Mapping[str, Sequence[Line]],
+    rates: Mapping[str, float | None],
+    dense: float | None,
+    watched: Measure = CLASSIFIER[0],
 ) -> Drawn:
-    """Loss, validation accuracy and learning rate of each stage; `rates` are of stages whose lines name none."""
-    checked = {name: [line for line in lines if "val_top1" in line] for name, lines in curves.items()}
+    """Loss, `watched` on the val split, learning rate of each stage; `rates` are of stages whose lines name none."""
+    key = f"val_{watched.key}"
+    checked = {name: [line for line in lines if key in line] for name, lines in curves.items()}
     rows = (True, any(checked.values()), True)
     drawn, axes = plt.subplots(
         sum(rows), len(curves), figsize=(max(4 * len(curves), 5), 1.2 + 1.7 * sum(rows)), squeeze=False, sharex="col"
@@ -264,13 +302,14 @@ def losses(
         steps = [line["step"] for line in lines]
         column[0].plot(steps, [line["loss"] for line in lines], color=_THIRD)
         column[0].set_yscale("log")
+        _plain_numbers(column[0].yaxis)
         column[0].set_title(name)
         column[0].set_ylabel("training loss")
         told.append(f"{name} loss {lines[0]['loss']:.3g} to {lines[-1]['loss']:.3g} in {steps[-1]} steps")
         if rows[1]:
-            _accuracy(column[1], checked[name], None if name == "pretrain" else dense_top1)
+            _accuracy(column[1], checked[name], None if name == "pretrain" else dense, watched)
         if checked[name]:
-            told[-1] += f" and validation top-1 {checked[name][-1]['val_top1']:.1%} in the end"
+            told[-1] += f" and validation {watched.title} {checked[name][-1][key]:.1%} in the end"
         values = [line.get("learning_rate", rates.get(name)) for line in lines]
         if None not in values:
             column[-1].plot(steps, values, color=_FIFTH)
@@ -282,15 +321,15 @@ def losses(
     return drawn, f"Training curves: {'; '.join(told)}."
 
 
-def _accuracy(axis: Any, checked: Sequence[Line], dense_top1: float | None) -> None:
+def _accuracy(axis: Any, checked: Sequence[Line], dense: float | None, watched: Measure) -> None:
     """Not every stage is evaluated on its way."""
     if not checked:
         axis.set_axis_off()
         return
-    if dense_top1 is not None:
-        axis.axhline(100 * dense_top1, color=_DENSE, linestyle="--", label="dense model")
-        axis.legend(loc="lower right")
-    top1 = [100 * line["val_top1"] for line in checked]
+    if dense is not None:
+        axis.axhline(100 * dense, color=_DENSE, linestyle="--", label="dense model")
+        axis.legend()
+    top1 = [100 * line[f"val_{watched.key}"] for line in checked]
     axis.plot([line["step"] for line in checked], top1, "o-", color=_PRUNED, ms=4)
-    _show_percents(axis, top1 if dense_top1 is None else [*top1, 100 * dense_top1])
-    axis.set_ylabel("validation top-1 (%)")
+    _show_percents(axis, top1 if dense is None else [*top1, 100 * dense])
+    axis.set_ylabel(f"validation {watched.title} (%)")

@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 
 from nvit_jax.files import fingerprint
 from nvit_jax.model.directory import OWN
+from nvit_jax.paths import named
 from nvit_jax.run.config import default_config, flatten_config
 
-_COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision")
+_COMMON = ("seed", "model", "data", "parallel", "dtype", "matmul_precision", "profile")
 SECTIONS = {  # the config sections that a stage is handed, and so the keys that it is redone for
-    "pretrain": ("seed", "data", "augment", "parallel", "dtype", "matmul_precision", "vit", "pretrain"),
+    "pretrain": ("seed", "data", "augment", "parallel", "dtype", "matmul_precision", "profile", "vit", "pretrain"),
     "latency": ("model", "dtype", "latency", "prune.profile"),
     "prune": (*_COMMON, "augment", "prune", "latency"),
     "finetune": (*_COMMON, "augment", "finetune"),
@@ -28,7 +29,7 @@ STAGES_READ: dict[str, tuple[str, ...]] = {  # the stages whose results a stage 
     "prune": ("pretrain", "latency"),
     "finetune": ("pretrain", "prune"),
     "eval": ("pretrain", "prune", "finetune"),
-    "export": ("pretrain", "prune", "finetune"),
+    "export": ("pretrain", "prune", "finetune", "eval"),
     "report": ("pretrain", "latency", "prune", "finetune", "eval"),
     "preview": ("pretrain",),
 }
@@ -39,7 +40,7 @@ _TEACHERS = ("pretrain.teacher", "prune.teacher", "finetune.teacher")
 FILES = ("model", "data.path", "data.classes", "pretrain.start", "latency.table", *_TEACHERS)
 _PATHS = (*FILES, "data.train", "data.val")
 # Where and how a stage runs, not what comes out: a begun stage may go on with another value, on other devices.
-_FREE = ("parallel", "data.workers", "data.threads", "data.max_bad_fraction")
+_FREE = ("parallel", "profile", "data.workers", "data.threads", "data.max_bad_fraction")
 _FREE_IN_SECTIONS = ("accumulate", "remat", "save_every")
 
 
@@ -62,10 +63,12 @@ def contents(keys: Mapping[str, Any]) -> dict[str, str]:
     """{key: fingerprint} of what the keys of FILES name. Folders of images are too large to be read for that."""
     found = {}
     for key in FILES:
-        path = pathlib.Path(keys.get(key) or "")
-        if keys.get(key) and path.exists() and (key != "data.path" or path.is_file()):
-            # In a model directory other files do not count.
-            parts = [path / name for name in OWN] if (path / "model.json").is_file() else [path]
+        if not keys.get(key):
+            continue
+        path = named(keys[key], f"config.{key}=")
+        # In a model directory other files do not count; other directories may be large.
+        parts = [path / name for name in OWN] if (path / "model.json").is_file() else [path] if path.is_file() else []
+        if parts and (key != "data.path" or path.is_file()):
             files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
             facts = [(file, file.stat()) for file in files if file.is_file()]
             found[key] = _fingerprint(tuple((f, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in facts))

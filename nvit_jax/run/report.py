@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from nvit_jax.files import read_json, write_text
+from nvit_jax.errors import UserError
+from nvit_jax.files import write_text
 from nvit_jax.run import page, plots
+from nvit_jax.run.records import HISTORY, LOG, read, read_optional
+from nvit_jax.training import measures
+from nvit_jax.training.measures import Measure
 from nvit_jax.training.monitor import read_lines
 
 Path = pathlib.Path
 Summary = Mapping[str, Mapping[str, Any]]  # summary.json: a model's name -> its results
 
-_HEAD = ("model", "top-1", "top-5", "parameters", "MACs", "latency", "speed-up")
+_SHARES = ("top1", "knn")  # of all images: measures that have an interval
 _NORMAL_95 = 1.959963984540054  # 95% of a normal distribution lie this many standard deviations around its mean
 
 
@@ -25,12 +29,12 @@ def table(summary: Summary, spreads: Mapping[str, float] | None = None) -> list[
     With a sparse model there is a column more: parameters that are not 0, and how many times more the dense model has.
     `spreads` are of the latencies, as parts of them.
     """
-    sparse = any("nonzero_params" in r for r in summary.values())
-    return [(*_HEAD[:4], *(("non-zero (ratio)",) if sparse else ()), *_HEAD[4:])] + [
+    sparse, known = any("nonzero_params" in r for r in summary.values()), measures.of(summary.values())
+    head = ("model", *(m.title for m in known), "parameters", *(("non-zero (ratio)",) if sparse else ()))
+    return [(*head, "MACs", "latency", "speed-up")] + [
         (
             name,
-            f"{r['top1']:.2%}",
-            f"{r['top5']:.2%}",
+            *(measures.shown(r, m) for m in known),
             f"{r['params']:,}",
             *((_nonzero(summary, name),) if sparse else ()),
             f"{r['macs'] / 1e6:,.2f} M",
@@ -76,15 +80,35 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------- page
 
 
+def check_files(workdir: Path) -> None:
+    """UserError for a file that `write_report` could not read; before anything is begun."""
+    for path in (workdir / "summary.json", workdir / "config.json"):
+        read(path)
+    if _done(workdir / "prune"):
+        dense = read(workdir / "prune" / "masked" / "model.json")
+        history = read_lines(workdir / "prune" / "history.jsonl", HISTORY)
+        for found in (read(workdir / "prune" / "metrics.json"), *history):
+            if len(found["dims"]["heads"]) != len(dense["dims"]["heads"]):
+                raise UserError(
+                    f"{workdir / 'prune'}: its files speak of models of different depths; move it away or use another "
+                    "--workdir"
+                )
+    for name in ("pretrain", "prune", "finetune"):
+        read_lines(workdir / name / "log.jsonl", LOG)
+    for name in ("eval/latency.json", "eval/metrics.json", "pretrain/metrics.json"):
+        read_optional(workdir / name)
+
+
 def write_report(workdir: Path, path: Path) -> None:
     """Read summary.json and every stage's files under `workdir`; write the page to `path`."""
-    summary, config = read_json(workdir / "summary.json"), read_json(workdir / "config.json")
+    summary, config = read(workdir / "summary.json"), read(workdir / "config.json")
     spreads = _read_spreads(workdir)
     parts = [_lead(workdir, summary, config, bool(spreads)), _main_table(summary, spreads)]
-    dense_top1 = _dense_val_top1(workdir, summary, config["config"])
+    watched = measures.of(summary.values())[0]
+    dense = _dense_value(workdir, summary, config["config"], watched)
     if _done(workdir / "prune"):
-        parts += _pruning(workdir, dense_top1) + _saliency(workdir)
-    parts += _training(workdir, config["config"], dense_top1) + _comparison(workdir, summary)
+        parts += _pruning(workdir, dense, watched) + _saliency(workdir)
+    parts += _training(workdir, config["config"], dense, watched) + _comparison(workdir, summary)
     facts = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     parts.append(f"<h2>Configuration</h2><p>{html.escape(facts)}; {html.escape(config['device'])}</p>")
     keys = [(key, repr(value)) for key, value in config["config"].items() if value is not None]
@@ -104,23 +128,21 @@ def write_preview(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], 
 
 
 def _done(stage: Path) -> bool:
-    return (stage / "stage.json").exists() and read_json(stage / "stage.json")["status"] == "done"
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
+    return (stage / "stage.json").exists() and read(stage / "stage.json", part=True).get("status") == "done"
 
 
 def _read_spreads(workdir: Path) -> dict[str, float]:
     """Half the interquartile range of each model's latency, as a part of its median; of older runs nothing."""
-    return {name: facts["spread"] for name, facts in _read_optional(workdir / "eval" / "latency.json").items()}
+    return {name: facts["spread"] for name, facts in read_optional(workdir / "eval" / "latency.json").items()}
 
 
-def _dense_val_top1(workdir: Path, summary: Summary, config: Mapping[str, Any]) -> float | None:
-    """The dense model's accuracy on the validation split, on which prunings and trainings are watched."""
-    known = _read_optional(workdir / "prune" / "metrics.json").get("dense_val_top1")
+def _dense_value(workdir: Path, summary: Summary, config: Mapping[str, Any], watched: Measure) -> float | None:
+    """The dense model's measure on the validation split, on which prunings and trainings are watched."""
+    if watched.key == "cosine":
+        return 1.0  # its features are compared with themselves
+    known = read_optional(workdir / "prune" / "metrics.json").get("dense_val_top1")
     if known is None and not config.get("model"):
-        known = _read_optional(workdir / "pretrain" / "metrics.json").get("val_top1")
+        known = read_optional(workdir / "pretrain" / "metrics.json").get("val_top1")
     if known is None and config.get("eval.split") == "val":
         known = summary["dense"]["top1"]
     return known
@@ -132,7 +154,7 @@ def _dense_val_top1(workdir: Path, summary: Summary, config: Mapping[str, Any]) 
 def _title(workdir: Path, summary: Summary, config: Mapping[str, Any]) -> str:
     model = _model_name(workdir, summary, config)
     if _done(workdir / "prune"):
-        model += f" pruned by {read_json(workdir / 'prune' / 'metrics.json')['criterion']}"
+        model += f" pruned by {read(workdir / 'prune' / 'metrics.json')['criterion']}"
     images = f"{summary['dense']['images']:,} {_split_name(config)} images"
     return f"{model}, on {_data_name(config)} ({images})"
 
@@ -144,7 +166,7 @@ def _split_name(config: Mapping[str, Any]) -> str:
 def _model_name(workdir: Path, summary: Summary, config: Mapping[str, Any]) -> str:
     """The published variant where that is known, else its size."""
     for place in (workdir / "prune" / "masked", workdir / "pretrain" / "model", Path(config.get("model") or workdir)):
-        if variant := _read_optional(place / "model.json").get("variant"):
+        if variant := read_optional(place / "model.json").get("variant"):
             return str(variant)
     return f"ViT of {summary['dense']['params']:,} parameters"
 
@@ -162,20 +184,24 @@ def _data_name(config: Mapping[str, Any]) -> str:
 def _lead(workdir: Path, summary: Summary, config: Mapping[str, Any], spread: bool) -> str:
     """What the numbers of the table below it are of."""
     name, result = list(summary.items())[-1]
-    low, high = wilson(result["top1"], result["images"])
     where = f"{result['images']:,} images of the {_split_name(config['config'])} split"
-    accuracy = (
-        f"Top-1 of the {name} model: {result['top1']:.2%} on {where} (Wilson's 95% interval: {low:.2%} to {high:.2%})"
-    )
-    if name != "dense":
-        accuracy += f"; of the dense model: {summary['dense']['top1']:.2%}"
-    evaluated = _read_optional(workdir / "eval" / "metrics.json")
+    judged = []
+    for part in measures.of(summary.values()):
+        if part.key == "top5" or result.get(part.key) is None:
+            continue
+        text = f"{part.words[0].upper()}{part.words[1:]} of the {name} model: {measures.shown(result, part)} on {where}"
+        if part.key in _SHARES:
+            low, high = wilson(result[part.key], result["images"])
+            text += f" (Wilson's 95% interval: {low:.2%} to {high:.2%})"
+            text += f"; of the dense model: {measures.shown(summary['dense'], part)}" if name != "dense" else ""
+        judged.append(text)
+    evaluated = read_optional(workdir / "eval" / "metrics.json")
     device, dtype = evaluated.get("device") or config["device"], evaluated.get("dtype") or config["config"]["dtype"]
     latency = f"Latency: median time of a batch of {result['latency_batch']} images in {dtype} on {device}"
     if spread:
         latency += "; ± is half the range of the middle half of the times"
     source = f", of the model in {config['config']['model']}" if config["config"].get("model") else ""
-    lines = (accuracy, latency, f"Run: {workdir.absolute().name}{source}")
+    lines = (*judged, latency, f"Run: {workdir.absolute().name}{source}")
     return "".join(f"<p>{html.escape(line)}.</p>" for line in lines)
 
 
@@ -183,8 +209,12 @@ def _main_table(summary: Summary, spreads: Mapping[str, float]) -> str:
     """A column a model: that fits on a telephone."""
     dense = summary["dense"]
 
+    known = measures.of(summary.values())
+    shares = [m for m in known if m.key in _SHARES]
+
     def interval(r: Mapping[str, Any]) -> str:
-        return "{:.1f} to {:.1f}%".format(*(100 * end for end in wilson(r["top1"], r["images"])))
+        share = r.get(shares[0].key)
+        return "" if share is None else "{:.1f} to {:.1f}%".format(*(100 * e for e in wilson(share, r["images"])))
 
     def speed_up(name: str) -> str:
         ratio = dense["latency_ms"] / summary[name]["latency_ms"]
@@ -192,33 +222,34 @@ def _main_table(summary: Summary, spreads: Mapping[str, float]) -> str:
             return f"{ratio:.2f}x"
         return f"{ratio:.2f}x ±{ratio * math.hypot(spreads['dense'], spreads[name]):.2f}"
 
-    rows = [
-        ("top-1", *(f"{r['top1']:.2%}" for r in summary.values())),
-        ("95% interval", *map(interval, summary.values())),
-        ("top-5", *(f"{r['top5']:.2%}" for r in summary.values())),
+    rows = [(m.title, *(measures.shown(r, m) for r in summary.values())) for m in known]
+    if shares:
+        rows.insert(1 + known.index(shares[0]), ("95% interval", *map(interval, summary.values())))
+    rows += [
         ("parameters", *(f"{r['params']:,}" for r in summary.values())),
         ("MACs (M)", *(f"{r['macs'] / 1e6:,.2f}" for r in summary.values())),
         ("latency (ms)", *(_latency(summary, name, spreads) for name in summary)),
         ("speed-up", *map(speed_up, summary)),
     ]
     if any("nonzero_params" in r for r in summary.values()):
-        rows.insert(4, ("non-zero (ratio)", *(_nonzero(summary, name) for name in summary)))
+        place = 1 + [row[0] for row in rows].index("parameters")
+        rows.insert(place, ("non-zero (ratio)", *(_nonzero(summary, name) for name in summary)))
     return page.table(("", *summary), rows)
 
 
 # ----------------------------------------------------------------------------------------------- sections
 
 
-def _pruning(workdir: Path, dense_top1: float | None) -> list[str]:
-    metrics = read_json(workdir / "prune" / "metrics.json")
-    dense = read_json(workdir / "prune" / "masked" / "model.json")["dims"]
-    history = read_lines(workdir / "prune" / "history.jsonl")
+def _pruning(workdir: Path, value: float | None, watched: Measure) -> list[str]:
+    metrics = read(workdir / "prune" / "metrics.json")
+    dense = read(workdir / "prune" / "masked" / "model.json")["dims"]
+    history = read_lines(workdir / "prune" / "history.jsonl", HISTORY)
     parts = [_targets(metrics), "<h2>Widths per block, before and after</h2>"]
     parts.append(plots.figure(plots.widths, dense, metrics["dims"]))
     if len(history) == 1:
-        parts += ["<h2>Right after the pruning</h2>", _one_pruning(history[0], metrics, dense_top1)]
+        parts += ["<h2>Right after the pruning</h2>", _one_pruning(history[0], metrics, value, watched)]
     elif history:
-        parts += ["<h2>Along the pruning</h2>", plots.figure(plots.history, history, metrics, dense_top1)]
+        parts += ["<h2>Along the pruning</h2>", plots.figure(plots.history, history, metrics, value, watched)]
         parts += ["<p>Part of each width that is left, by block.</p>", plots.figure(plots.remaining, dense, history)]
     return parts
 
@@ -239,10 +270,13 @@ def _targets(metrics: Mapping[str, Any]) -> str:
     return heading + page.table(("", "result"), rows)
 
 
-def _one_pruning(line: Mapping[str, Any], metrics: Mapping[str, Any], dense_top1: float | None) -> str:
+def _one_pruning(line: Mapping[str, Any], metrics: Mapping[str, Any], value: float | None, watched: Measure) -> str:
     """A curve of one point says less than a table."""
-    before = "not measured" if dense_top1 is None else f"{dense_top1:.2%}"
-    rows = [("validation top-1", before, f"{line['val_top1']:.2%}"), ("MACs", "100%", f"{line['macs_ratio']:.1%}")]
+    before = "not measured" if value is None else watched.form.format(value)
+    rows = [
+        (f"validation {watched.title}", before, watched.form.format(line[f"val_{watched.key}"])),
+        ("MACs", "100%", f"{line['macs_ratio']:.1%}"),
+    ]
     if metrics["predicted_latency_ratio"] is not None:
         rows.append(("latency, predicted", "100%", f"{metrics['predicted_latency_ratio']:.1%}"))
     return page.table(("", "dense", "pruned"), rows)
@@ -263,19 +297,20 @@ def _saliency(workdir: Path) -> list[str]:
     ]
 
 
-def _training(workdir: Path, config: Mapping[str, Any], dense_top1: float | None) -> list[str]:
+def _training(workdir: Path, config: Mapping[str, Any], value: float | None, watched: Measure) -> list[str]:
     """Curves of the stages that logged more than one step, a line of text for the others."""
     parts, curves = [], {}
     for name in ("pretrain", "prune", "finetune"):
-        lines = read_lines(workdir / name / "log.jsonl") if _done(workdir / name) else []
+        lines = read_lines(workdir / name / "log.jsonl", LOG) if _done(workdir / name) else []
         if len(lines) > 1:
             curves[name] = lines
         elif lines:
-            top1 = f", validation top-1 {lines[0]['val_top1']:.2%}" if "val_top1" in lines[0] else ""
-            parts.append(f"<p>{name}: training loss {lines[0]['loss']:.4g} at step {lines[0]['step']}{top1}.</p>")
+            key = f"val_{watched.key}"
+            more = f", validation {watched.title} {watched.form.format(lines[0][key])}" if key in lines[0] else ""
+            parts.append(f"<p>{name}: training loss {lines[0]['loss']:.4g} at step {lines[0]['step']}{more}.</p>")
     if curves:
         rates = {name: config.get(f"{name}.learning_rate") for name in curves}
-        parts.insert(0, plots.figure(plots.losses, curves, rates, dense_top1))
+        parts.insert(0, plots.figure(plots.losses, curves, rates, value, watched))
     return ["<h2>Training</h2>", *parts] if parts else []
 
 
@@ -285,16 +320,17 @@ def _comparison(workdir: Path, summary: Summary) -> list[str]:
     if not others or "pruned" not in summary:
         return []
     rows = []
-    for place, result in [(workdir, summary)] + [(p.parent, read_json(p)) for p in others]:
-        metrics, finetuned = read_json(place / "prune" / "metrics.json"), result.get("finetuned")
+    watched = measures.of(summary.values())[0]
+    for place, result in [(workdir, summary)] + [(p.parent, read(p)) for p in others]:
+        metrics, finetuned = read(place / "prune" / "metrics.json"), result.get("finetuned")
         rows.append(
             (
                 metrics["criterion"],
                 f"{metrics['macs_ratio']:.3f}",
                 f"{result['dense']['latency_ms'] / result['pruned']['latency_ms']:.2f}x",
-                f"{result['pruned']['top1']:.2%}",
-                "not run" if finetuned is None else f"{finetuned['top1']:.2%}",
+                measures.shown(result["pruned"], watched),
+                "not run" if finetuned is None else measures.shown(finetuned, watched),
             )
         )
-    head = ("criterion", "MACs ratio", "speed-up", "pruned top-1", "finetuned top-1")
+    head = ("criterion", "MACs ratio", "speed-up", f"pruned {watched.title}", f"finetuned {watched.title}")
     return ["<h2>The same targets, other criteria</h2>", page.table(head, rows)]

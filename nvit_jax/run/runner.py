@@ -10,13 +10,14 @@ import jax
 from ml_collections import ConfigDict
 
 import nvit_jax
-from nvit_jax.files import read_json, write_json
+from nvit_jax.files import write_json
 from nvit_jax.latency.timing import device_name
 from nvit_jax.parallel import any_process, is_main, main_decides
 from nvit_jax.run import reads
 from nvit_jax.run.agenda import Step, agenda
 from nvit_jax.run.checks import check_run
 from nvit_jax.run.config import flatten_config
+from nvit_jax.run.records import read
 from nvit_jax.run.stages import export, measure, preview, prune, train
 from nvit_jax.run.stages.common import Run
 from nvit_jax.run.workdir import STOP, StageDir, check_workdir, locked, recover
@@ -34,8 +35,12 @@ FUNCTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool = False) -> None:
+def run_stages(
+    config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...], *, force: bool = False, command: str = ""
+) -> None:
     """Run stages in order, then comparisons. A finished stage says so and is left alone; see StageDir.judge.
+
+    `command` is what the user has typed; a stage that works keeps it in its record.
 
     UserError for everything that config and files can tell, before the first stage begins.
     """
@@ -44,12 +49,20 @@ def run_stages(config: ConfigDict, workdir: pathlib.Path, names: tuple[str, ...]
     with locked(workdir):
         main_decides(lambda: recover({step.workdir for step in steps}))
         check_run(steps)
+        _say_what_comes(steps)
         for step in steps:
             if any_process(STOP.received):
                 raise Stopped(f"stopped before {step.name}")
             with _shared(step):
-                _run_stage(step)
+                _run_stage(step, command)
     _say_what_is_next(steps)
+
+
+def _say_what_comes(steps: Sequence[Step]) -> None:
+    """The first line: until the first program is compiled there is no other."""
+    if is_main():
+        names = ", ".join(step.name for step in steps if not step.compared)
+        print(f"{steps[0].home}: {names}; on {device_name()}", flush=True)
 
 
 def _say_what_is_next(steps: Sequence[Step]) -> None:
@@ -79,16 +92,17 @@ def _id(workdir: pathlib.Path, name: str) -> str | None:
     return stage.id() if stage.done() else None
 
 
-def _run_stage(step: Step) -> None:
+def _run_stage(step: Step, command: str) -> None:
     stage, handed = StageDir(step.workdir, step.name), reads.handed(step.config, step.name)
     keys = flatten_config(handed)
     inputs = step.ids(_id) | reads.contents(keys) if is_main() else {}
-    if not stage.begin(keys, inputs, force=step.force):
+    if not stage.begin(keys, inputs, force=step.force, command=command):
         stage.say("finished before; --force redoes it")
         return
     anew = stage.path != stage.place
     if not anew:
         _write_config(step, handed)
+    stage.trace(keys.get("profile", 0))
     stage.finish(FUNCTIONS[step.name](Run(handed, stage, step.workdir)))
     if anew:  # until then it speaks of the stage that is there
         _write_config(step, handed)
@@ -99,6 +113,6 @@ def _write_config(step: Step, handed: ConfigDict) -> None:
     path = step.workdir / "config.json"
     resolved = flatten_config(step.config)
     if path.exists():
-        resolved = resolved | read_json(path)["config"] | flatten_config(handed)
+        resolved = resolved | read(path)["config"] | flatten_config(handed)
     versions = {"python": platform.python_version(), "jax": jax.__version__, "nvit_jax": nvit_jax.__version__}
     write_json(path, {"config": resolved, "versions": versions, "device": device_name()})

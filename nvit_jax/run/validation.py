@@ -1,141 +1,27 @@
-"""What a config may say, as two tables: the values of single keys, and the keys that must go together."""
+"""What a config may say: the shape of every key (shapes.py), and the keys that must go together, a table."""
 
-import difflib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from nvit_jax.errors import UserError, nearest
-from nvit_jax.formats.export import DTYPES, FORMATS
 from nvit_jax.model.dims import KINDS
-from nvit_jax.parallel import BACKENDS
-from nvit_jax.pruning.loop import METHODS
-from nvit_jax.pruning.ranking import ALIGNMENTS, PROFILES, RULES
-from nvit_jax.pruning.saliency import SCHEMES
-from nvit_jax.pruning.scoring import CRITERIA, LOSSES
-from nvit_jax.pruning.sparsity import SPARSITY
-from nvit_jax.run.config import STAGES, default_config, flatten_config
-
-_TRAININGS = ("pretrain", "finetune")
-_LOOPS = ("pretrain", "prune", "finetune")
-
-
-class Values(NamedTuple):
-    """What a key may hold."""
-
-    good: Callable[[Any], bool]
-    words: str | Callable[[Any], str]  # what is wrong, of a value that is not good
-
-
-def one_of(choices: Sequence[Any]) -> Values:
-    """One of these."""
-    return Values(lambda v: v in choices, f"must be one of {', '.join(map(str, choices))}")
-
-
-def each_of(choices: Sequence[str], empty: str | None = None, what: str = "") -> Values:
-    """A sequence of these; `empty` says what is wrong with none, `what` they are called."""
-
-    def words(value: Any) -> str:
-        unknown = [x for x in value if x not in choices]
-        if not unknown:
-            return f"{empty}; choose of {', '.join(choices)}"
-        return f"{what}{unknown[0]!r} is not one of {', '.join(choices)}{nearest(str(unknown[0]), choices)}"
-
-    return Values(lambda v: (empty is None or len(v) > 0) and all(x in choices for x in v), words)
-
-
-def unset_or(values: Values) -> Values:
-    """The same, or None."""
-    return Values(lambda v: v is None or values.good(v), values.words)
-
-
-def at_least(least: float) -> Values:
-    """A number from there on."""
-    return Values(lambda v: v >= least, f"must be >= {least:g}")
-
-
-POSITIVE = Values(lambda v: v > 0, "must be > 0")
-BELOW_ONE = Values(lambda v: 0 <= v < 1, "must be in [0, 1)")
-PART = Values(lambda v: 0 <= v <= 1, "must be in [0, 1]")
-RATIO = Values(lambda v: 0 < v <= 1, "must be in (0, 1]")
-
-
-def _in(sections: Sequence[str], *keys: str) -> Iterator[str]:
-    return (f"{section}.{key}" for section, key in itertools.product(sections, keys))
-
-
-VALUES: dict[str, Values] = {
-    "seed": Values(lambda v: 0 <= v < 2**32, "must be from 0 to 2**32 - 1"),
-    "stages": each_of(STAGES, "nothing to do", "unknown stage "),
-    "dtype": Values(lambda v: v in ("float32", "bfloat16"), 'must be "float32" or "bfloat16"'),
-    "matmul_precision": Values(
-        lambda v: v in (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"),
-        "must be default, bfloat16, tensorfloat32 or float32",
-    ),
-    "parallel": one_of(BACKENDS),
-    "compare": each_of(CRITERIA),
-    "eval.split": one_of(("train", "val", "test")),
-    "eval.batch": POSITIVE,
-    "data.holdout": unset_or(Values(lambda v: 0 < v < 1, "must be between 0 and 1")),
-    "data.workers": at_least(0),
-    "data.threads": unset_or(POSITIVE),
-    "data.max_bad_fraction": BELOW_ONE,
-    "augment.crop": unset_or(RATIO),
-    **dict.fromkeys(_in(("augment",), "flip", "erasing", "switch"), PART),
-    **dict.fromkeys(_in(("augment",), "mixup", "cutmix", "color_jitter"), at_least(0)),
-    **dict.fromkeys(_in(("augment",), "repeats", "mixup_shards"), at_least(1)),
-    **dict.fromkeys(_in(_LOOPS, "batch", "log_every", "save_every"), POSITIVE),
-    **dict.fromkeys(_in(_LOOPS, "learning_rate", "weight_decay"), at_least(0)),
-    **dict.fromkeys(_in(_LOOPS, "clip_norm", "teacher_tau"), unset_or(POSITIVE)),
-    **dict.fromkeys(_in(_LOOPS, "drop_path"), BELOW_ONE),
-    **dict.fromkeys(_in(_LOOPS, "accumulate"), at_least(1)),
-    **dict.fromkeys(_in(_LOOPS, "teacher_alpha"), PART),
-    **dict.fromkeys(_in(_TRAININGS, "epochs"), POSITIVE),
-    **dict.fromkeys(_in(_TRAININGS, "warmup_epochs"), at_least(0)),
-    **dict.fromkeys(_in(_TRAININGS, "ema", "dropout", "smoothing"), BELOW_ONE),
-    **dict.fromkeys(_in(_TRAININGS, "learning_rate_batch"), unset_or(POSITIVE)),
-    **dict.fromkeys(_in(_TRAININGS, "keep"), Values(lambda v: v in ("last", "best"), "must be last or best")),
-    **dict.fromkeys(("prune.tau", "finetune.tau"), POSITIVE),
-    "finetune.sparsity": one_of((None, *SPARSITY)),
-    "prune.protected": Values(
-        lambda v: all(isinstance(x, int) and x >= 0 for x in v), "must be numbers of blocks, from 0"
-    ),
-    "prune.ema": BELOW_ONE,
-    "prune.interval": at_least(0),
-    "prune.steps": at_least(1),
-    "prune.groups_per_step": at_least(1),
-    **dict.fromkeys((f"prune.floors.{kind}" for kind in KINDS), at_least(1)),
-    "prune.criterion": unset_or(one_of(CRITERIA)),
-    "prune.mode": one_of(METHODS),
-    "prune.rule": unset_or(one_of(RULES)),
-    "prune.align": one_of(ALIGNMENTS),
-    "prune.profile": one_of(tuple(PROFILES)),
-    "prune.score.loss": one_of((None, *(name for name in LOSSES if name != "own"))),
-    "prune.score.scheme": one_of(SCHEMES),
-    "prune.eta": at_least(0),
-    **dict.fromkeys(_in(("prune.target",), "latency_ratio", "macs_ratio", "params_ratio"), unset_or(RATIO)),
-    **dict.fromkeys(_in(("prune.target",), "latency_ms", "macs", "params"), unset_or(POSITIVE)),
-    **dict.fromkeys(_in(("prune.score",), "batch", "batches", "chunk", "probes"), POSITIVE),
-    "prune.eval_images": POSITIVE,
-    **dict.fromkeys(_in(("latency",), "batch", "repeats"), POSITIVE),
-    "latency.models": at_least(0),
-    **dict.fromkeys(
-        _in(("latency.widths",), "embed", "heads", "qk", "v", "mlp"),
-        Values(lambda v: v >= 2, "must be at least 2: the smallest width and the full one"),
-    ),
-    "export.formats": each_of(tuple(FORMATS), "nothing to write"),
-    "export.dtypes": each_of(DTYPES, "nothing to write"),
-}
+from nvit_jax.run.config import default_config, flatten_config
+from nvit_jax.run.shapes import LOOPS, SHAPES, TRAININGS
 
 
 class Together(NamedTuple):
-    """Keys that must go together; `words` say what `key` lacks."""
+    """Keys that must go together: what must hold of `key`, in words, and what is wrong where that is not the same.
+
+    In `wrong` {c.SECTION.KEY} stands for a value.
+    """
 
     key: str
     good: Callable[[ConfigDict], bool]
-    words: str | Callable[[ConfigDict], str]
+    words: str
+    wrong: str = ""
 
 
 def _of_section(name: str) -> Iterator[Together]:
@@ -143,7 +29,8 @@ def _of_section(name: str) -> Iterator[Together]:
     yield Together(
         f"{name}.accumulate",
         lambda c: c[name].batch % c[name].accumulate == 0,
-        lambda c: f"does not divide batch={c[name].batch}",
+        f"divides {name}.batch",
+        f"does not divide batch={{c.{name}.batch}}",
     )
     yield Together(
         f"{name}.teacher_alpha",
@@ -153,9 +40,21 @@ def _of_section(name: str) -> Iterator[Together]:
     yield Together(
         "augment.mixup_shards",
         lambda c: c[name].batch % c.augment.mixup_shards == 0,
-        lambda c: f"does not divide {name}.batch={c[name].batch}",
+        f"divides {name}.batch",
+        f"does not divide {name}.batch={{c.{name}.batch}}",
     )
-    if name in _TRAININGS:
+    if name in TRAININGS:
+        yield Together(
+            f"{name}.learning_rate",
+            lambda c: c[name].learning_rate > 0,
+            "must be above 0, or nothing is trained",
+        )
+        yield Together(
+            f"{name}.warmup_epochs",
+            lambda c: c[name].warmup_epochs <= c[name].epochs,
+            f"is at most {name}.epochs",
+            f"is longer than the training, epochs={{c.{name}.epochs:g}}",
+        )
         yield Together(
             f"{name}.keep",
             lambda c: c[name].keep == "last" or c[name].eval_every > 0,
@@ -191,7 +90,7 @@ def _roofline(c: ConfigDict) -> bool:
 
 
 TOGETHER: tuple[Together, ...] = (
-    *itertools.chain.from_iterable(_of_section(name) for name in _LOOPS),
+    *itertools.chain.from_iterable(_of_section(name) for name in LOOPS),
     Together(
         "finetune.sparsity",
         lambda c: not (c.finetune.sparsity and c.finetune.from_scratch),
@@ -249,23 +148,22 @@ TOGETHER: tuple[Together, ...] = (
 
 def check_config(c: ConfigDict) -> None:
     """UserError for a value that no stage could work with. Called once, before anything runs."""
-    values, known = flatten_config(c), flatten_config(default_config()).keys()
+    values, known = flatten_config(c), list(flatten_config(default_config()))
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0)[0]
-            raise UserError(f"the config file sets {key!r}, which is no key; did you mean {near!r}?")
-    if missing := sorted(known - values.keys()):
+            raise UserError(f"the config file sets {key!r}, which is no key{nearest(key, known)}")
+    if missing := sorted(set(known) - values.keys()):
         raise UserError(f"the config file lacks {missing[0]!r}; start from nvit_jax.run.config.default_config()")
-    for key, rule in VALUES.items():
-        if not rule.good(values[key]):
-            words = rule.words if isinstance(rule.words, str) else rule.words(values[key])
-            raise UserError(f"config.{key}={_shown(values[key])}: {words}")
+    for key, shape in SHAPES.items():
+        if (fault := shape.fault(values[key])) is not None:
+            raise UserError(f"config.{key}={_shown(values[key])}: {fault.text}")
     for together in TOGETHER:
         if not together.good(c):
             value = c.latency.roofline.to_dict() if together.key == "latency.roofline" else values[together.key]
-            words = together.words if isinstance(together.words, str) else together.words(c)
+            words = together.wrong.format(c=c) or together.words
             raise UserError(f"config.{together.key}={_shown(value)}: {words}")
 
 
 def _shown(value: Any) -> str:
-    return repr(tuple(value) if isinstance(value, list) else value)
+    text = repr(tuple(value) if isinstance(value, list) else value)
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-30:]}"

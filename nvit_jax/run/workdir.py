@@ -6,19 +6,20 @@ as it is, and takes its place when it is whole. A stage replaces and removes not
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shutil
 import signal
 import sys
+import threading
 import types
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from nvit_jax import files, paths
 from nvit_jax.errors import UserError
 from nvit_jax.files import hand_over, write_json
 from nvit_jax.parallel import any_process, is_main, main_decides, wait_for_all
@@ -42,15 +43,31 @@ class StopSignal:
 
         def handle(number: int, frame: types.FrameType | None) -> None:
             self.received = True
-            for one in before:
-                signal.signal(one, signal.SIG_DFL)
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Python calls a handler when the main thread is back from a compilation, and once for several signals. The
+        # numbers of all of them come through this pipe at once.
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        outer = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_second, args=(reads, tuple(before)), name="second signal", daemon=True).start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(outer)
+            os.close(writes)  # ends the thread
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _end_at_second(pipe: int, numbers: Sequence[int]) -> None:
+    """End this process when a second one of the signals comes; return when the pipe is closed."""
+    seen = 0
+    while found := os.read(pipe, 1):
+        seen += found[0] in numbers
+        if seen == 2:
+            os._exit(128 + found[0])
+    os.close(pipe)
 
 
 STOP = StopSignal()
@@ -164,17 +181,17 @@ class StageDir(Recorder):
                 "it back, use another --workdir, or redo it with --force"
             )
 
-    def begin(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool) -> bool:
+    def begin(self, keys: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool, command: str = "") -> bool:
         """True when the stage has work to do, at `path` (from the start, or from a saved state); False when it is done.
 
         As `judge`. With several processes the main one begins and tells the others.
         """
-        works = main_decides(lambda: self._begin(self.judge(keys, inputs, force=force), keys, inputs))
+        works = main_decides(lambda: self._begin(self.judge(keys, inputs, force=force), keys, inputs, command))
         if main_decides(lambda: self.path == self._new):
             self.path = self._new
         return works
 
-    def _begin(self, verdict: Verdict, keys: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    def _begin(self, verdict: Verdict, keys: Mapping[str, Any], inputs: Mapping[str, str], command: str) -> bool:
         if verdict.why:
             self.say(verdict.why)
         if verdict.path is None:
@@ -189,7 +206,8 @@ class StageDir(Recorder):
             self.outputs.clear(self.path, record, self.outputs.carries if here else ())
             self._carry(None if here else verdict.carry)
             record = {"id": uuid.uuid4().hex, "inputs": dict(inputs)}
-        write_json(self.path / RECORD, (record or {}) | {"status": "running", "keys": dict(keys)})
+        facts = {"status": "running", "keys": dict(keys)} | ({"command": command} if command else {})
+        write_json(self.path / RECORD, (record or {}) | facts)
         return True
 
     def _carry(self, source: Path | None) -> None:
@@ -268,34 +286,27 @@ def recover(workdirs: Iterable[Path]) -> bool:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """No other run in this workdir meanwhile, on this machine or on another that sees the file system. UserError."""
-    with contextlib.ExitStack() as stack:
-
-        def lock() -> bool:
-            file = stack.enter_context(open(path / ".lock", "w", encoding="utf-8"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"--workdir={path}: another run is at work there; wait for it, end it, or use another directory "
-                    "(several processes of one run need --distributed)"
-                ) from error
-            except OSError:  # a file system without locks
-                return False
-            return True
-
-        main_decides(lock)
+    text = (
+        f"--workdir={path}: another run is at work there; wait for it, end it, or use another directory "
+        "(several processes of one run need --distributed)"
+    )
+    with files.locked(path, text):
         yield
 
 
 def check_workdir(path: Path) -> bool:
     """Create it; UserError when it is a file or may not be written. True."""
-    if path.exists() and not path.is_dir():
+    if paths.kind(path, "--workdir=") not in (None, "a directory"):
         raise UserError(f"--workdir={path} is not a directory")
+    paths.for_writing(path, "--workdir=")
+    for name in (*STAGES, ".new", ".old"):
+        if (found := paths.kind(path / name)) not in (None, "a directory"):
+            raise UserError(f"{path / name} is {found}, not a directory; move it away or use another --workdir")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--workdir={path} cannot be written: {error.strerror}") from error
+        raise UserError(f"--workdir={path} cannot be written: {paths.in_words(error)}") from error
     return True

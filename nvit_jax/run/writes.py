@@ -2,15 +2,16 @@
 
 import dataclasses
 import fnmatch
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from nvit_jax import paths
 from nvit_jax.errors import UserError
-from nvit_jax.files import list_files, read_json, remove_empty
+from nvit_jax.files import JSON_BYTES, list_files, parse_json, remove_empty
 from nvit_jax.model.directory import OWN
+from nvit_jax.run import records
 
 Path = pathlib.Path
 RECORD = "stage.json"
@@ -87,7 +88,7 @@ def _model(place: str) -> tuple[str, ...]:
 
 
 _STATES, _DAMAGED = ("state/[0-9]*",), ("state.damaged/[0-9]*",)
-_LOGS = ("log.jsonl", "history.jsonl", "tensorboard/events.*", "metrics.json")
+_LOGS = ("log.jsonl", "history.jsonl", "tensorboard/events.*", "profile/plugins", "metrics.json")
 _TRAINING = Outputs(
     (*_model("model"), *_model("best"), *_DAMAGED, *_LOGS), states=_STATES, resumes=(*_STATES, *_DAMAGED)
 )
@@ -115,7 +116,7 @@ OUTPUTS = {
         carries=("scores.json",),
         pages=("summary.json",),
     ),
-    "export": Outputs(("safetensors", "stablehlo", "onnx", "metrics.json")),
+    "export": Outputs(("safetensors", "transformers", "stablehlo", "onnx", "metrics.json")),
     "report": Outputs(("metrics.json",), pages=("report.html",)),
     "preview": Outputs(("metrics.json",), pages=("preview.html",)),
 }
@@ -126,10 +127,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     path = directory / RECORD
     if not path.exists():
         return None
-    record = read_json(path)
-    if not isinstance(record, dict) or not {"status", "id", "keys", "inputs"} <= record.keys():
-        raise UserError(f"{path} is not what a stage writes; move it away or use another --workdir")
-    return record
+    return records.read(path)
 
 
 def check_pages(workdir: Path, name: str) -> None:
@@ -139,17 +137,19 @@ def check_pages(workdir: Path, name: str) -> None:
         known = page != "config.json" and read_record(workdir / name) is not None  # the stage has written it before
         if path.exists() and not known and not _is_ours(path):
             raise UserError(f"{path} was not written by this program; move it away or use another --workdir")
+        if page == "config.json" and path.exists():
+            records.read(path)
 
 
 def _is_ours(path: Path) -> bool:
     """By what it looks like."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = paths.read(path, most=JSON_BYTES).decode()
         if path.suffix == ".html":
             return any(
                 mark in text[:4096] for mark in ('<meta name="generator" content="nvit_jax">', "<title>nvit_jax")
             )
-        content = json.loads(text)
-    except (OSError, ValueError):
+        content = parse_json(text, str(path))
+    except ValueError:  # UserError is one
         return False
     return isinstance(content, dict) and ("versions" in content or isinstance(content.get("dense"), dict))

@@ -14,6 +14,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
+from nvit_jax.parallel import Parallel
 from nvit_jax.training.losses import Batch, Objective, objective_loss
 from nvit_jax.training.monitor import Monitor
 from nvit_jax.training.optim import ema_update
@@ -63,30 +64,32 @@ def make_train_step(
     dropout: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
+    parallel: Parallel | None = None,
     remat: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step, `step(inputs, batch, mean)`, for parallel.compile. The loss is a mean over the global batch.
 
     `label_teacher(params, images)` gives logits [B, C] where the objective has a teacher_alpha. `accumulate`: the batch
     goes through the models in that many parts, one after the other, for the memory of one; the same step but for
-    rounding.
+    rounding. `parallel`, what compiles the step: with it the devices exchange gradients once, not for each part.
     `remat`: blocks are computed again in the backward pass.
     """
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         state = inputs.state
 
-        def part(batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+        def part(weights: Any, batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+            params, teacher, label_params = weights
             keys = None
             if drop_path or dropout:
                 key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
             if objective.needs_teacher:
                 assert teacher_dims is not None
-                batch = batch | {"teacher": vit.forward(teacher_dims, inputs.teacher, batch["image"], dtype=dtype)}
+                batch = batch | {"teacher": vit.forward(teacher_dims, teacher, batch["image"], dtype=dtype)}
             if objective.teacher_alpha:
                 assert label_teacher is not None
-                batch = batch | {"label_teacher": label_teacher(inputs.label_teacher, batch["image"])}
+                batch = batch | {"label_teacher": label_teacher(label_params, batch["image"])}
             images = batch["image"]
 
             def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -103,13 +106,13 @@ def make_train_step(
                 )
                 each, parts = objective_loss(objective, logits, batch)
                 metrics = {"loss": each.mean()}
-                if "label" in batch:
+                if "label" in batch and dims.classes:
                     metrics["top1"] = (logits.mean(1).argmax(-1) == batch["label"]).mean()
                 return metrics["loss"], metrics | {name: value.mean() for name, value in parts.items()}
 
-            return jax.grad(loss, has_aux=True)(state.params)
+            return jax.grad(loss, has_aux=True)(params)
 
-        gradient, metrics = mean(_in_parts(part, batch, accumulate))
+        gradient, metrics = mean(_in_parts(part, (state.params, *inputs[1:]), batch, accumulate, parallel))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if state.average is None else ema_update(state.average, params, state.step, ema_decay)
@@ -119,24 +122,35 @@ def make_train_step(
     return step
 
 
-def _in_parts(part: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
-    """The mean of `part` over `count` parts of the batch: every count-th row, so that all devices work on each."""
+def _in_parts(part: Callable[..., Any], weights: Any, batch: Batch, count: int, parallel: Parallel | None) -> Any:
+    """The mean of `part(weights, batch)` over `count` parts of the batch. A device takes every count-th of its rows.
+
+    Sums stay apart for each device of `parallel` until the last part is done: gradients are exchanged once. All weights
+    are then on each device, and so are sums of all gradients.
+    """
     if count == 1:
-        return part(batch)
+        return part(weights, batch)
+    apart: Callable[[Any], Any] = parallel.apart if parallel else lambda tree: tree
     shared = {name: value for name, value in batch.items() if jnp.ndim(value) == 0}
     rows = {
-        name: jnp.swapaxes(value.reshape(len(value) // count, count, *value.shape[1:]), 0, 1)
+        name: jnp.moveaxis(value.reshape(parallel.seen if parallel else 1, -1, count, *value.shape[1:]), 2, 0)
         for name, value in batch.items()
         if name not in shared
     }
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, batch))
+    weights = parallel.whole(weights) if parallel else weights
+
+    def each(number: Any) -> Any:
+        """[devices, ...]"""
+        here = apart(jax.tree.map(lambda x: x[number], rows))
+        return apart(jax.vmap(lambda rows: part(weights, shared | rows))(here))
+
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(each, 0))
 
     def add(total: Any, number: Any) -> tuple[Any, None]:
-        found = part(shared | jax.tree.map(lambda x: x[number], rows))
-        return jax.tree.map(jnp.add, total, found), None
+        return jax.tree.map(jnp.add, total, each(number)), None
 
-    total, _ = jax.lax.scan(add, zero, jnp.arange(count))
-    return jax.tree.map(lambda x: x / count, total)
+    total, _ = jax.lax.scan(add, apart(zero), jnp.arange(count))
+    return jax.tree.map(lambda x: x.mean(0) / count, total)
 
 
 class Stopped(Exception):
@@ -174,8 +188,10 @@ def fit(
         batch = stream(step - 1)
         if not running or running[-1].is_ready():  # type: ignore[attr-defined]
             monitor.waited(time.monotonic() - began)
-        state, metrics = step_fn(state, batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = step_fn(state, batch)
         running.append(metrics["loss"])
+        monitor.stepped(metrics["loss"])
         pending.append((step, metrics))
         logs, saves = step % log_every == 0 or step == until, step % save_every == 0
         # Several processes ask each other, which takes a message; they stop within a few steps.

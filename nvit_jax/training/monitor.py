@@ -14,10 +14,15 @@ from typing import Any
 
 import tqdm
 
-from nvit_jax.files import saving, write_text
+from nvit_jax import paths
+from nvit_jax.errors import UserError
+from nvit_jax.files import JSON_BYTES, parse_json, read_json_lines, saving, write_text
 from nvit_jax.parallel import is_main
+from nvit_jax.schema import Record, Shape, whole
 from nvit_jax.training.states import StateSaver
+from nvit_jax.training.trace import Trace
 
+_LINE = Record({"step": whole(0)})
 _EVERY = 30.0  # seconds between two lines of progress where the output is no terminal
 
 
@@ -55,6 +60,9 @@ class Monitor:
 
     def advance(self, done: int, text: str = "", total: int | None = None) -> None:
         """So many units of the task are done."""
+
+    def stepped(self, newest: Any) -> None:
+        """One more optimizer step is on its way; `newest` is there when it is done."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of one optimizer step."""
@@ -110,7 +118,8 @@ class _Task:
         self, say: Callable[[str], None], title: str, what: str, unit: str, total: int | None, initial: int
     ) -> None:
         self._say, self._what, self._unit, self._initial = say, what, unit, initial
-        self._began = self._said = time.monotonic()
+        self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # (units, when) of the first report; before it, programs compile
         hidden = None if is_main() else True  # None: shown in a terminal only
         self._bar: Any = tqdm.tqdm(
             total=total, initial=initial, desc=title or None, unit=unit, disable=hidden, leave=False
@@ -120,6 +129,7 @@ class _Task:
 
     def advance(self, done: int, text: str, total: int | None) -> None:
         self._total = total or self._total
+        self._first = self._first or (done, time.monotonic())
         if not self._bar.disable:
             self._bar.total = self._total
             self._bar.update(done - self._bar.n)
@@ -130,10 +140,11 @@ class _Task:
             self._say(self._line(done, text))
 
     def _line(self, done: int, text: str) -> str:
-        rate = (done - self._initial) / max(time.monotonic() - self._began, 1e-9)
+        first, since = self._first or (done, 0.0)
+        rate = (done - first) / max(time.monotonic() - since, 1e-9)
         parts = [f"{self._unit} {done}" + (f" of {self._total}" if self._total else "")]
-        parts += [f"{rate:.3g} a second"] + ([text] if text else [])
-        if self._total:
+        parts += ([f"{rate:.3g} a second"] if rate else []) + ([text] if text else [])
+        if self._total and rate:
             parts.append(f"{tqdm.tqdm.format_interval(max(self._total - done, 0) / max(rate, 1e-9))} left")
         return (f"{self._what}: " if self._what else "") + ", ".join(parts)
 
@@ -152,6 +163,20 @@ class Recorder(Console):
         self._saver: StateSaver | None = None
         self._writer: Any = None
         self._resumed_at: int | None = None
+        self._trace: Trace | None = None
+
+    def trace(self, steps: int) -> None:
+        """Of the steps to come the profiler shall see so many; the main process's devices are traced."""
+        self._trace = Trace(self.path / "profile", steps) if steps and is_main() else None
+
+    def stepped(self, newest: Any) -> None:
+        if self._trace is not None and self._trace.step(newest):
+            self._traced()
+
+    def _traced(self) -> None:
+        assert self._trace is not None
+        self.say(f"trace of the training steps: {self._trace.path} (TensorBoard; *.json.gz in it for ui.perfetto.dev)")
+        self._trace = None
 
     # ------------------------------------------------------------------------------------------- states
 
@@ -195,11 +220,10 @@ class Recorder(Console):
         if not is_main():
             return
         if self._writer is None:
-            from tensorboardX import SummaryWriter  # a second of imports
+            from nvit_jax.training.tensorboard import Scalars  # a second of imports
 
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._resumed_at)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer = Scalars(self.path / "tensorboard", self._resumed_at)
+        self._writer.write(step, values)
 
     def _cut_back(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the lines that were written after the state that is resumed, and a half-written last one."""
@@ -207,9 +231,9 @@ class Recorder(Console):
         if not is_main() or not path.exists():
             return
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                if keep(json.loads(line)):
+        for line in paths.read(path, most=JSON_BYTES).decode(errors="replace").splitlines():
+            with contextlib.suppress(UserError, KeyError, TypeError):
+                if keep(parse_json(line, str(path))):
                     lines.append(line)
         write_text(path, "".join(line + "\n" for line in lines))
 
@@ -218,22 +242,26 @@ class Recorder(Console):
         with super().progress(total, initial, what=what, unit=unit):
             try:
                 yield
+                if len(self._tasks) == 1 and self._saver is not None:
+                    self._saver.wait()
             finally:
                 if len(self._tasks) == 1:
                     self.close()
 
     def close(self) -> None:
         """Until what was last saved is there; log files are closed."""
-        if self._saver is not None:
-            saver, self._saver = self._saver, None
-            saver.close()
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
+        if self._trace is not None and self._trace.close():
+            self._traced()
+        saver, self._saver = self._saver, None
+        writer, self._writer = self._writer, None
+        try:
+            if saver is not None:
+                saver.close()
+        finally:
+            if writer is not None:
+                writer.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a .jsonl file; none when it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_lines(path: Path, shape: Shape = _LINE) -> list[dict[str, Any]]:
+    """All lines of log.jsonl or history.jsonl; none when it does not exist. UserError for a damaged one."""
+    return read_json_lines(path, shape)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,54 +10,67 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nvit_jax.errors import UserError
-from nvit_jax.files import first_line, saving
-from nvit_jax.parallel import any_process, fetch, is_main, wait_for_all
-
-
-def _checksum(tree: Any) -> int:
-    value = 0
-    for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), value)
-    return value
+from nvit_jax.errors import UserError, first_line
+from nvit_jax.files import checksum, saving
+from nvit_jax.parallel import any_process, fetch, is_main, main_decides, wait_for_all
 
 
 class StateSaver:
     """Train states of one stage under `directory`, the newest two kept, each with a checksum.
 
-    A single process writes beside the training; several write together before they go on, since Orbax's barriers would
-    mix with the training's.
+    The main process writes beside the training; the others read alone. Each has a manager of its own, so that Orbax's
+    barriers do not mix with the training's.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with saving(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=jax.process_count() == 1, cleanup_tmp_directories=True
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
         )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=is_main(), multiprocessing_options=alone, create=False
+        )
+
+        def make() -> bool:
+            with saving(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            return True
+
+        main_decides(make)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=("state", "meta"))
         self._pending: Path | None = None
 
     def save(self, step: int, state: Any) -> None:
-        """Begin to save. UserError when this state or the one before could not be written; older states stay."""
+        """Begin to save. UserError, on all processes, when this state or the one before could not be written."""
         self.wait()
         host = fetch(state)
-        self._pending = self.directory / str(step)
-        with saving(self._pending):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(host), meta=ocp.args.JsonSave({"checksum": _checksum(host)})
-                ),
+        place = self.directory / str(step)
+
+        def begin() -> bool:
+            items = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(host), meta=ocp.args.JsonSave({"checksum": checksum(host)})
             )
+            with saving(place):
+                self._manager.save(step, args=items)
+            return True
+
+        main_decides(begin)
+        self._pending = place
 
     def wait(self) -> None:
-        """Until what was last saved is there. UserError when it could not be written."""
+        """Until what was last saved is there. UserError, on all processes, when it could not be written."""
+        if self._pending is None:
+            return
+        main_decides(self._finished)
+        self._pending = None
+
+    def _finished(self) -> bool:
         if self._pending is not None:
             place, self._pending = self._pending, None
             with saving(place):
                 self._manager.wait_until_finished()
+        return True
 
     def restore(self, like: Any, say: Callable[[str], None]) -> tuple[int, Any] | None:
         """(step, state) of the newest undamaged state with the structure of `like`, None when there is none.
@@ -104,14 +116,15 @@ class StateSaver:
         for new, old in zip(jax.tree.leaves(found.state), jax.tree.leaves(template), strict=True):
             if new.shape != old.shape:
                 raise ValueError(f"an array has shape {new.shape}, expected {old.shape}")
-        if _checksum(found.state) != found.meta["checksum"]:
+        if checksum(found.state) != found.meta["checksum"]:
             raise ValueError("checksum mismatch")
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(found.state) if np.issubdtype(x.dtype, np.floating)):
             raise ValueError("a number is not finite")
         return found.state
 
     def close(self) -> None:
+        """Of this process alone: another one may have failed. UserError when the last state could not be written."""
         try:
-            self.wait()
+            self._finished()
         finally:
             self._manager.close()

@@ -1,11 +1,11 @@
-"""A real checkpoint pruned in one shot, without any training, by every criterion: the table of the README.
+"""A real checkpoint pruned in one shot, without any training, by every criterion: a table of docs/results.md.
 
     python -m tests.ablations.checkpoint --model MODEL_DIR --images DIR --classes FILE.tsv --out runs/checkpoint
 
-DIR is split in two by hash of the file names: scores come from one half, accuracies from the other, image by image,
-so that a difference to the dense model has a paired standard error. Every compact model is exported to safetensors
-and counted again in PyTorch. Latencies of all models are measured in turns in one process. Scores are kept under
---out and read again, so that a stopped run goes on.
+The images are split in two by hash of their names: scores come from one half, accuracies from the other, image by
+image, so that a difference to the dense model has a paired standard error. Every compact model is exported to
+safetensors and counted again in PyTorch. Latencies of all models are measured in turns in one process. Scores are kept
+under --out and read again, so that a stopped run goes on.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from nvit_jax.pruning.saliency import CRITERIA
 from nvit_jax.pruning.scoring import Scoring, make_score_step
 from nvit_jax.training.distill import Inputs, TrainState
 from nvit_jax.training.losses import Objective
+from tests.ablations.halves import halves
 
 BATCH = 16
 
@@ -79,10 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.model)
     pre = Preprocessing.from_json(model.info["preprocessing"])
-    dataset = datasets.load_dataset(
-        "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
-    )
-    train, val = dataset.split("train"), dataset.split("val")
+    train, val = halves(options.images, options.classes, pre)
     policy = ranking.Policy(sizes=ranking.group_sizes("cpu"), floors={"embed": 8, "head": 1, "qk": 4, "v": 4, "mlp": 8})
     dense = hits(lambda x: np.asarray(model.apply(model.params, x)), val, pre)
     rows = [("dense", 1.0, model, dense, dense, 0.0)]

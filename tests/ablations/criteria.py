@@ -1,11 +1,11 @@
-"""The demo pruned to the same target by several criteria or rules: means over seeds. A table of the README.
+"""The demo pruned to the same target by several criteria or rules: means over seeds. Tables of docs/results.md.
 
     python -m tests.ablations.criteria --out runs/criteria [--seeds 3] [--criteria hvp fisher] [--rules per_cost]
         [--target latency_ratio=0.65] [--keys prune.score.batches=4 ...]
 
-Each seed is one dense model and one latency table by configs/demo.py; every criterion with every rule prunes and
-finetunes it: the same targets, images per pruning and finetuning. Rule `eta` takes the price per millisecond at which
-`per_cost` ended, since nobody knows it beforehand. Finished runs are not repeated.
+Each seed is one dense model and one latency table by configs/demo.py:gradual; every criterion with every rule prunes
+and finetunes it: the same targets, images per pruning and finetuning. Rule `eta` takes the price per millisecond at
+which `per_cost` ended, since nobody knows it beforehand. Finished runs are not repeated.
 """
 
 import argparse
@@ -23,7 +23,8 @@ MEASURES = ("pruned", "finetuned", "MACs", "params", "predicted", "measured", "s
 
 
 def run(workdir: pathlib.Path, *more: str) -> None:
-    subprocess.run([sys.executable, "main.py", "--config=configs/demo.py", f"--workdir={workdir}", *more], check=True)
+    config = "--config=configs/demo.py:gradual"
+    subprocess.run([sys.executable, "main.py", config, f"--workdir={workdir}", *more], check=True)
 
 
 def cell(base: pathlib.Path, place: pathlib.Path, criterion: str, rule: str, shared: list[str]) -> tuple[float, ...]:

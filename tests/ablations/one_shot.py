@@ -2,7 +2,7 @@
 
     python -m tests.ablations.one_shot --model MODEL_DIR --images DIR --classes FILE.tsv --out runs/one_shot
 
-The images are split in two by hash of their file names. Each draw takes some images of one half to calibrate on; top-1
+The images are split in two by hash of their paths. Each draw takes some images of one half to calibrate on; top-1
 and the mean KL divergence from the unpruned model's answers are of the whole other half. Every result is kept under
 --out at once, so that a stopped run goes on. Torch-Pruning on the same images: tests/ablations/torch_pruned.py.
 """
@@ -34,6 +34,7 @@ from nvit_jax.pruning.one_shot import OneShot, calibration_images
 from nvit_jax.pruning.statistics import Walk, padded_block
 from nvit_jax.training.monitor import Monitor
 from tests.ablations.checkpoint import score
+from tests.ablations.halves import halves
 
 BATCH = 32
 ANEW, KEEP = Chosen(values=True, neurons=True), Chosen(values=False, neurons=False)
@@ -64,17 +65,18 @@ class Judge:
     def create(cls, model: Model, split: datasets.Split, pre: Preprocessing) -> "Judge":
         images, labels = split.read()
         found = cls(np.asarray(pre(images)), labels, np.zeros(0))
-        found.dense = found._answers(model)
+        found.dense = found.answers(model)
         return found
 
-    def _answers(self, model: Model) -> np.ndarray:
+    def answers(self, model: Model) -> np.ndarray:
+        """[n, C] log-probabilities."""
         run = jax.jit(lambda p, x: jax.nn.log_softmax(vit.forward(model.dims, p, x).mean(1)))
         count = len(self.images)
         whole = np.concatenate([self.images, self.images[: -count % BATCH]])
         return np.concatenate([run(model.params, whole[i : i + BATCH]) for i in range(0, len(whole), BATCH)])[:count]
 
     def __call__(self, model: Model) -> dict[str, float]:
-        ours = self._answers(model)
+        ours = self.answers(model)
         divergence = (np.exp(self.dense) * (self.dense - ours)).sum(-1).mean()
         return {"top1": float((ours.argmax(-1) == self.labels).mean()), "divergence": float(divergence)}
 
@@ -120,7 +122,7 @@ class Draw:
 
         def find() -> Units:
             one = OneShot(self.walk, self.params, self.seed, None, Monitor())
-            return one.score_sets(lambda kind, block: kind in OBS_KINDS)[0]
+            return one.score_sets(lambda kind, block: kind in OBS_KINDS, lambda kind, block: False)[0]
 
         return self._once("fisher_set", find)
 
@@ -241,10 +243,8 @@ def main() -> None:
     options = parser().parse_args()
     model = load_model(options.model)
     pre = Preprocessing.from_json(model.info["preprocessing"])
-    dataset = datasets.load_dataset(
-        "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
-    )
-    judge = Judge.create(model, dataset.split("val"), pre)
+    train, judged = halves(options.images, options.classes, pre)
+    judge = Judge.create(model, judged, pre)
     kept = options.out / "cells.json"
     found = read_json(kept) if kept.exists() else {"dense": judge(model)}
     print(f"unpruned: {found['dense']['top1']:.1%}", flush=True)
@@ -254,7 +254,7 @@ def main() -> None:
         if cell.key in found:
             continue
         if draw is None or (draw.seed, draw.count) != (cell.seed, cell.images):
-            draw = Draw(model, dataset.split("train"), pre, cell.images, cell.seed)
+            draw = Draw(model, train, pre, cell.images, cell.seed)
         small = draw.made(cell.name, cell.ratio)
         found[cell.key] = judge(small) | {"macs": count_macs(small.dims) / count_macs(model.dims)}
         options.out.mkdir(parents=True, exist_ok=True)

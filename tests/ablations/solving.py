@@ -12,24 +12,10 @@ processor's seconds, the seconds that passed, and the sum of the scores that wen
 import argparse
 import time
 
-import numpy as np
-
-from nvit_jax.model.dims import KINDS, Units, ViTDims, preset
+from benchmarks.decision import draw_scores
+from nvit_jax.model.dims import KINDS, preset
 from nvit_jax.model.masks import full_masks
 from nvit_jax.pruning import allocation, ranking
-
-
-def draw_scores(dims: ViTDims, seed: int) -> Units:
-    """Exponential, times a factor for each kind and block."""
-    rng = np.random.default_rng(seed)
-    masks, weight = full_masks(dims), {"embed": 30.0, "head": 40.0}
-
-    def of(kind: str) -> np.ndarray:
-        mask = getattr(masks, kind)
-        factors = rng.lognormal(0, 0.7, (1,) if kind == "embed" else (len(mask), *[1] * (mask.ndim - 1)))
-        return weight.get(kind, 1.0) * factors * rng.exponential(size=mask.shape)
-
-    return Units(**{kind: of(kind) for kind in KINDS})
 
 
 def main() -> None:

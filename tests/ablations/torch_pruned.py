@@ -26,6 +26,7 @@ from nvit_jax.model.dims import count_macs
 from nvit_jax.model.directory import Model, load_model
 from nvit_jax.model.preprocessing import Preprocessing
 from tests import sources
+from tests.ablations.halves import halves
 
 BATCH = 20
 IMPORTANCES = ("magnitude", "taylor", "hessian")
@@ -143,17 +144,14 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.model)
     pre = Preprocessing.from_json(model.info["preprocessing"])
-    dataset = datasets.load_dataset(
-        "folder", train=str(options.images), classes=str(options.classes), holdout=0.5, preprocessing=pre
-    )
-    train = dataset.split("train")
+    train, judged = halves(options.images, options.classes, pre)
     chosen = train.take(np.random.default_rng(0).permutation(len(train))[: options.count])
 
     def tensors(split: datasets.Split) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = split.read()
         return torch.from_numpy(np.array(pre(images))).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
-    scored, judged = tensors(chosen), tensors(dataset.split("val"))
+    scored, judged = tensors(chosen), tensors(judged)
 
     @torch.no_grad()
     def top1(module: torch.nn.Module) -> float:

@@ -81,7 +81,7 @@ def test_mistakes_are_value_errors_about_the_callers_argument(digits_model, digi
         ({"macs": 0.5, "protect": (2,)}, "^protect: there is no block 2"),
         ({"macs": 0.5, "floors": {"mpl": 3}}, "^floors: unknown kind 'mpl'"),
         ({"macs": 0.5, "profile": "phone"}, "^profile='phone' is not one of"),
-        ({"macs": 0.5, "images": 0}, "^images=0: it must be at least 1"),
+        ({"macs": 0.5, "images": 0}, "^images=0: it must be >= 1"),
         ({"latency": 0.5, "latency_table": "/nowhere.json"}, "/nowhere.json is missing"),
         ({"latency": 0.5, "latency_table": 3}, "^latency_table is a int"),
         ({"macs": 0.5, "rule": nvit.Choice(), "profile": "gpu"}, "^profile is given beside a recipe|^profile is given"),
@@ -359,7 +359,7 @@ def test_benchmark_times_in_turns(digits_model):
     found = nvit.benchmark([digits_model, digits_model.dims], batch=4, repeats=3)
     assert [set(one) for one in found] == [{"ms", "spread", "ratio"}] * 2
     assert found[0] == found[1] and found[0]["ratio"] == 1.0  # equal dims are measured once
-    with pytest.raises(nvit.UserError, match="^batch=0: it must be at least 1"):
+    with pytest.raises(nvit.UserError, match="^batch=0: it must be >= 1"):
         nvit.benchmark([digits_model], batch=0)
 
 

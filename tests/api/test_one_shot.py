@@ -1,11 +1,13 @@
 """prune(method="one_shot") as it is by default: scores that know of compensation, compensation, its check."""
 
+import jax
 import numpy as np
 import pytest
 
 import nvit_jax as nvit
+from nvit_jax.model import vit
 from nvit_jax.model.groups import flatten
-from nvit_jax.pruning import cross, one_shot
+from nvit_jax.pruning import cross, one_shot, statistics
 from nvit_jax.pruning.compensation import Compensated
 from nvit_jax.training.monitor import Monitor
 
@@ -58,8 +60,25 @@ def test_masked_is_reshaped_and_a_model_may_be_pruned_twice(digits_model, digits
     assert second.record["macs_ratio"] <= 0.8 and second.record["compensated"]
 
 
-def test_compensated_models_go_out_and_come_back(digits_model, digits, tmp_path):
-    found = prune(digits_model, digits[0], macs=0.7).model
+@pytest.fixture(scope="module")
+def rotary_model(digits_model):
+    """With rotary positions and a norm of queries and keys."""
+    values = {"image": 8, "patch": 4, "channels": 1, "classes": 10, "embed": 32, "depth": 2, "heads": 2, "mlp": 64}
+    dims = nvit.ViTDims.uniform(**values, rotary=16, v=16, qk_norm_count=32, positions="none")
+    return nvit.Model(dims, vit.init(dims, jax.random.key(0), std=0.1), info=digits_model.info)
+
+
+def test_rotary_pairs_are_selected(rotary_model, digits):
+    """They have no other basis. Each keeps its number, and what is masked is what is left."""
+    found = prune(rotary_model, digits[0], macs=0.7, kinds=("qk", "v"))
+    assert found.record["compensated"] and found.record["macs_ratio"] <= 0.7 and min(found.model.dims.qk) < 16
+    np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
+    for block in (b for name, b in found.model.params.items() if name.startswith("block_") and "rotary" in b):
+        assert all(len(set(row)) == len(row) and set(row) <= set(range(16)) for row in np.asarray(block["rotary"]))
+
+
+def test_compensated_models_go_out_and_come_back(rotary_model, digits, tmp_path):
+    found = prune(rotary_model, digits[0], macs=0.7).model
     nvit.export(found, tmp_path / "out", ("safetensors",), say=lambda line: None)
     again = nvit.load(tmp_path / "out" / "safetensors" / "model.safetensors")
     ours, theirs = dict(flatten(found.params)), dict(flatten(again.params))
@@ -106,6 +125,28 @@ def test_a_finished_pruning_remembers_what_compensation_found(digits_model, digi
     assert first.record["compensated"]
     for key in one_shot.CHECKED:
         assert again.record.get(key) == first.record.get(key)
+
+
+@pytest.mark.parametrize("where", ["sensitivities", "score", "compensate"])
+def test_killed_inside_calibration_it_ends_as_undisturbed(where, digits_model, digits, tmp_path, monkeypatch):
+    """The second run begins the calibration again, and finds the same, bit for bit."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments, **options):
+        raise Killed
+
+    undisturbed = prune(digits_model, digits[0], macs=0.7)
+    with monkeypatch.context() as patched:
+        home = {"sensitivities": statistics.Walk, "score": one_shot.obs, "compensate": one_shot}[where]
+        patched.setattr(home, where, kill)
+        with pytest.raises(Killed):
+            prune(digits_model, digits[0], macs=0.7, directory=tmp_path / "out")
+    found = prune(digits_model, digits[0], macs=0.7, directory=tmp_path / "out")
+    assert found.model.dims == undisturbed.model.dims
+    for (path, ours), (_, theirs) in zip(flatten(found.model.params), flatten(undisturbed.model.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=str(path))
 
 
 def test_sets_go_through_the_front(digits_model, digits):

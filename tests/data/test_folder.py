@@ -1,6 +1,8 @@
 """A user's own checkpoint and image folders: labels, preprocessing, the held-out part, and the stages on them."""
 
 import pathlib
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from PIL import Image
 
 from nvit_jax import save_model
 from nvit_jax.data.datasets import load_dataset
-from nvit_jax.data.sources import held_out, labels_of
+from nvit_jax.data.sources import labels_of
+from nvit_jax.data.splits import held_out, hold_out
 from nvit_jax.errors import UserError
 from nvit_jax.model.dims import ViTDims, count_macs
 from nvit_jax.model.directory import Model, load_model
@@ -17,6 +20,7 @@ from nvit_jax.model.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 CONFIG = str(ROOT / "configs" / "checkpoint.py")
 SHARED = ROOT.parent / "shared"
+HELD = ["cat/0005.jpg", "été/0003.jpg", "été/0004.jpg", "été/0005.jpg"]
 PRE = Preprocessing(16, 255.0, IMAGENET_MEAN, IMAGENET_STD, 18, "bicubic")
 
 
@@ -55,10 +59,22 @@ def test_the_held_out_part(folder):
     data = load(folder, holdout=0.5)
     train, val = (set(data.split(s).source.names) for s in ("train", "val"))
     assert not train & val and len(train | val) == 36 and data.overlap == 0 and min(len(train), len(val)) >= 8
-    # The name alone decides, wherever the file lies and however many others there are.
-    assert all(held_out(f"elsewhere/{name.split('/')[1]}", 0.5) for name in val)
+    # The path within the set alone decides, wherever the set lies and however many other files there are.
+    assert val == {name for name in train | val if held_out(name, 0.5)}
     (folder / "images" / "n03" / "n03_0.JPEG").unlink()
     assert set(load(folder, holdout=0.5).split("val").source.names) == val - {"n03/n03_0.JPEG"}
+
+
+def test_the_split_is_fixed_and_not_by_the_files_own_names():
+    """0001.jpg lies in every class; what is held out is written down here, so that no change moves it unseen."""
+    names = [f"{name}/{i:04}.jpg" for name in ("cat", "dog", "été") for i in range(8)]
+    _, held = hold_out(names, 0.25)
+    assert [names[i] for i in held] == HELD
+    decomposed = [unicodedata.normalize("NFD", name) for name in names]  # the same folders on a Mac
+    assert hold_out(decomposed, 0.25)[1].tolist() == held.tolist()
+    many = [f"{c}/{i:04}.jpg" for c in range(50) for i in range(40)]
+    parts = np.isin(np.arange(2000), hold_out(many, 0.25)[1]).reshape(50, 40)
+    assert 0.2 < parts.mean() < 0.3 and not (parts == parts[0]).all(1)[1:].any()
 
 
 def test_deit_s_short_sides():
@@ -111,10 +127,15 @@ def test_a_checkpoint_is_evaluated_pruned_and_evaluated_again(folder, capsys):
     assert read(workdir / "prune" / "metrics.json")["calibration_overlap"] is False
     assert (workdir / "report.html").exists() and not (workdir / "finetune").exists()
     assert "warning" not in capsys.readouterr().out
-    # The same files twice: said, and written down.
+    # The same files twice: refused. Copies of some: said, and written down.
     over = (*arguments, f"--config.data.val={folder}/images", "--stage", "prune")
+    assert call("--workdir", folder / "V", *over, config=CONFIG) == 2
+    assert "36 of 36 evaluation images are training images, too" in capsys.readouterr().err
+    shutil.copytree(folder / "images", folder / "copies")
+    shutil.copy(folder / "copies" / "n01" / "n01_0.JPEG", folder / "copies" / "n01" / "other.JPEG")
+    over = (*arguments, f"--config.data.val={folder}/copies", "--stage", "prune")
     assert call("--workdir", folder / "V", *over, config=CONFIG) == 0
-    assert "36 of 36 evaluation images are calibration images" in capsys.readouterr().out
+    assert "warning: 36 of 37 evaluation images are training images, too" in capsys.readouterr().out
     assert read(folder / "V" / "prune" / "metrics.json")["calibration_overlap"] is True
 
 
@@ -128,7 +149,7 @@ def test_mistakes(folder):
         ({"train": None}, "needs --config.data.path=ROOT"),
         ({"train": str(folder / "nowhere")}, "there is no such directory"),
         ({"train": str(folder / "empty")}, "holds no images of the form"),
-        ({"train": str(folder / "flat")}, "holds no images of the form"),
+        ({"train": str(folder / "flat")}, "names classes, and .*flat has no folders of classes"),
         ({"classes": str(folder / "nowhere.tsv")}, "there is no such file"),
         ({"classes": str(folder / "twice.tsv")}, "must name each class once"),
         ({"classes": str(folder / "few.tsv")}, "the folder 'n04' is no class of"),
@@ -142,6 +163,37 @@ def test_mistakes(folder):
         data.split("train").read()
     with pytest.raises(UserError, match="no test split"):
         data.split("test")
+
+
+@pytest.mark.slow
+def test_a_grey_folder_is_trained_pruned_and_exported(tmp_path, capsys):
+    """vit.channels=1 is all that has to be said; files of colour in it become grey. Images and patches are no squares:
+    (height, width)."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("ink", "pen"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (10, 10, 3) if i == 0 else (10, 10)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{i}.png")
+    keys = {
+        "stages": "('pretrain','prune','eval','export')", "vit.image": "(8,12)", "vit.patch": "[4,2]", "vit.classes": 2,
+        "data.name": "folder", "data.path": tmp_path / "d",
+        "pretrain.epochs": 1.0, "pretrain.batch": 8, "prune.batch": 8, "augment.crop": 0.5,
+        "prune.mode": "one_shot", "prune.criterion": "magnitude", "prune.compensate": False, "eval.split": "val",
+        "prune.score.batch": 8, "augment.rand_augment": "rand-m9-mstd0.5-inc1", "augment.mixup": 0.8,
+        "augment.cutmix": 1.0, "augment.erasing": 0.5,
+        "prune.eval_images": 8, "export.formats": "('safetensors',)",
+    }  # fmt: skip
+    assert call("--workdir", tmp_path / "W", *(f"--config.{k}={v}" for k, v in keys.items())) == 0, capsys.readouterr()
+    assert "labels: the classes of config.data.train=" in capsys.readouterr().out
+    summary = read(tmp_path / "W" / "summary.json")
+    assert summary["pruned"]["images"] == 8 and summary["pruned"]["macs"] <= 0.7 * summary["dense"]["macs"]
+    model = load_model(tmp_path / "W" / "prune" / "model")
+    assert model.dims.channels == 1 and model.preprocessing == Preprocessing.imagenet((8, 12), 1)
+    assert (model.dims.image, model.dims.patch, model.dims.grid) == ((8, 12), (4, 2), (2, 6))
+    assert model.preprocessing.mean == (0.449,) and model.classes == ("ink", "pen")
+    assert list((tmp_path / "W" / "export").rglob("*.safetensors"))
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real checkpoint lies beside the checkout only")

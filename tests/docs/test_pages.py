@@ -2,26 +2,33 @@
 
 Every plain ```python block of a page runs, in order, in one namespace a page, in a folder of its own. `PREPARED` makes
 what a page takes for granted there: files, and names such as `images`. What cannot run is fenced as text or console.
+Times are made up from the MACs: a page that prunes to a part of the latency has to work on a machine of any load.
 Commands in ```sh blocks are not run: the parsers of the command line must accept them.
 """
 
 import importlib
+import itertools
 import pathlib
 import re
 import runpy
 import shlex
 import sys
 
+import families
 import jax
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, VARIANTS, small_dims
 
 import nvit_jax
 from nvit_jax.data.datasets import load_dataset
 from nvit_jax.files import read_json
+from nvit_jax.formats import libraries
+from nvit_jax.latency import timing
 from nvit_jax.model import vit
-from nvit_jax.model.dims import ViTDims
+from nvit_jax.model.dims import ViTDims, attention_macs, count_macs, mlp_macs
 from nvit_jax.model.directory import Model, save_model
+from nvit_jax.pruning import one_shot
 from nvit_jax.run import flags
 from nvit_jax.run.commands import convert, prune
 from nvit_jax.run.config import default_config, flatten_config
@@ -78,9 +85,20 @@ PREPARED = {
 }
 
 
+def milliseconds(piece: tuple[ViTDims, str]) -> float:
+    """Of a piece that `timing.compile_pieces` is asked for."""
+    dims, name = piece
+    parts = {"attention": attention_macs(dims, 0) * dims.depth, "mlp": mlp_macs(dims, 0) * dims.depth}
+    whole = count_macs(dims)
+    return (parts | {"model": whole, "rest": whole - sum(parts.values())})[name] / 1e5
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "compile_pieces", lambda pieces, batch, dtype: pieces)
+    monkeypatch.setattr(timing, "time_in_turns", lambda pieces, n: np.array([[milliseconds(p) for p in pieces]] * n))
+    monkeypatch.setattr(one_shot, "IMAGES", 100)  # what the page calls is run, on fewer images
     names = PREPARED[name_of(page)]()
     for line, code in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
@@ -103,7 +121,7 @@ def commands(text: str) -> list[list[str]]:
             if program in names:
                 found.append([program, *words[names.index(program) + 1 :]])
         found += [words[i:] for i, word in enumerate(words) if word.startswith("benchmarks/")]
-        if "-m" in words and (module := words[words.index("-m") + 1]).startswith("tests."):
+        if "-m" in words and (module := words[words.index("-m") + 1]).startswith(("tests.", "benchmarks.")):
             found.append([module, *words[words.index("-m") + 2 :]])
     return [[word for word in command if word not in ("&", "wait")] for command in found]
 
@@ -117,9 +135,10 @@ def written() -> list[tuple[str, list[str]]]:
 def files(tmp_path, monkeypatch):
     """A folder with what the pages' commands take for granted."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("deit_tiny", "imagenet/train", "imagenet/val"):
+    for folder in ("deit_tiny", "features", "imagenet/train", "imagenet/val", "photos"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "deit_tiny" / "model.json").touch()
+    for file in ("deit_tiny/model.json", "features/model.json", "classes.tsv"):
+        (tmp_path / file).touch()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
 
@@ -139,6 +158,10 @@ def test_commands_exist(page, command, files):
     elif program == "nvit-jax":
         assert words[0] == "convert"
         convert._parser().read(words[1:])
+    elif program.startswith("benchmarks."):
+        importlib.import_module(program).parser().parse_args(words)
+    elif program.endswith(".sh"):
+        assert (ROOT / program).exists() and not words, program
     elif program.startswith("benchmarks/"):
         runpy.run_path(str(ROOT / program))["parser"]().parse_args(words)
     elif program == "pytest":
@@ -241,8 +264,56 @@ def test_every_page_is_prepared():
     assert {name_of(page) for page in PAGES if blocks(page, "python")} == set(PREPARED)
 
 
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("rotation", "table"), ("recovery", "table"), ("budgets", "sizes_table"), ("features", "result_table"),
+     ("features", "choice_table")],
+)  # fmt: skip
+def test_an_ablation_is_what_was_run(name, table):
+    found = read_json(ROOT / "benchmarks" / "results" / f"{name}.json")
+    made = getattr(importlib.import_module(f"tests.ablations.{name}"), table)(found)
+    assert made in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_the_ablation_of_one_shot_is_what_was_run():
     one_shot = importlib.import_module("tests.ablations.one_shot")
     options = one_shot.parser().parse_args(["--model=m", "--images=i", "--classes=c", "--out=o"])
     found = read_json(ROOT / "benchmarks" / "results" / "one_shot_ablation.json")
     assert one_shot.table(found, list(one_shot.cells(options))) in (ROOT / "docs" / "results.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------- picture
+
+
+@pytest.mark.parametrize("top1", [(0.967, 0.967, 0.969), (0.967, 0.969, 0.967), (0.97, 0.5, 0.97)])
+def test_labels_of_the_front_pages_picture_do_not_overlap(top1):
+    """Models of nearly the same accuracy, and one that is far off."""
+    picture = runpy.run_path(str(DOCS / "picture.py"))
+    places = zip(("dense", "pruned", "finetuned"), top1, (53.0, 32.0, 32.0), strict=True)
+    summary = {name: {"top1": t, "latency_ms": ms, "images": 360, "latency_batch": 256} for name, t, ms in places}
+    dims = {"embed": 64, "heads": [4] * 6, "qk": [16] * 6, "v": [16] * 6, "mlp": [256] * 6}
+    figure = picture["draw"](summary, dims, dims | {"mlp": [64] * 6})
+    figure.canvas.draw()
+    (axis,) = [axis for axis in figure.axes if "latency" in axis.get_xlabel()]
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    picture["plt"].close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_each_cell_of_the_families_is_a_test(family):
+    """It exists, and the libraries that are named have a class for a model of these parts, and no other has."""
+    for cell in (family.read_by, *(f"{test}[{family.variant}]" for test in families.COLUMNS.values())):
+        path, _, name = cell.partition("::")
+        function, _, case = name.removesuffix("]").partition("[")
+        source = (ROOT / path).read_text()
+        assert f"def {function}(" in source, cell
+        known = [part in VARIANTS or f'"{part}"' in source or part in ("True", "False") for part in case.split("-")]
+        assert not case or all(known), cell
+    assert family.variant in VARIANTS
+    model = Model(small_dims(**{"channels": 3} | VARIANTS[family.variant]), {})
+    homes = {"timm": libraries.timm_config(model), "transformers": libraries.transformers_config(model)}
+    assert family.loads == ", ".join(name for name, home in homes.items() if home.config is not None)

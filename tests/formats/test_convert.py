@@ -1,5 +1,8 @@
 """Converted weights compute what PyTorch computes, for every layout: logits, every block, and the way back."""
 
+import itertools
+import shutil
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,9 @@ from conftest import ROOT, random_params
 from safetensors.numpy import save_file
 from sources import SIZES, nchw, numpy_state, randomise, run_torch, small_vit
 
+from nvit_jax.errors import UserError
 from nvit_jax.formats import export, interchange
-from nvit_jax.formats.convert import Options, convert
+from nvit_jax.formats.convert import Options, convert, convert_checkpoint
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims, preset
 from nvit_jax.model.directory import Model
@@ -36,19 +40,19 @@ def block_outputs(model, images) -> list[np.ndarray]:
     return [np.asarray(kept["intermediates"][f"block_{i}"]["__call__"][0][0]) for i in range(model.dims.depth)]
 
 
-def check(path, run, options=HEADS) -> Model:
-    """`run(dtype)` -> (logits, streams) of the other framework on IMAGES. Returns the float32 model."""
+def check(path, run, options=HEADS, given=IMAGES) -> Model:
+    """`run(dtype)` -> (logits, streams) of the other framework on images. Returns the float32 model."""
     with jax.enable_x64(True):
         exact = convert(path, options, dtype=np.float64).model
         logits, streams = run(torch.float64)
         # The mapping is exact; what is left is the order of float64 additions.
-        assert np.abs(np.asarray(exact.logits(exact.params, IMAGES)) - logits).max() <= 1e-9
-        for ours, theirs in zip(block_outputs(exact, IMAGES), streams, strict=True):
+        assert np.abs(np.asarray(exact.logits(exact.params, given)) - logits).max() <= 1e-9
+        for ours, theirs in zip(block_outputs(exact, given), streams, strict=True):
             assert np.abs(ours - theirs).max() <= 1e-9 * max(1, np.abs(theirs).max())
     model = convert(path, options).model
     logits, streams = run(torch.float32)
     with jax.default_matmul_precision("float32"):
-        images = IMAGES.astype(np.float32)
+        images = given.astype(np.float32)
         assert np.abs(np.asarray(model.logits(model.params, images)) - logits).max() <= 1e-4
         for ours, theirs in zip(block_outputs(model, images), streams, strict=True):
             assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
@@ -108,11 +112,11 @@ TIMM_VARIANTS = {
 def test_timm_names(variant, tmp_path):
     changes, rename = TIMM_VARIANTS[variant]
     module = small_vit(**changes)
-    # Registers' folded sum is rounded: exact weights are those of the sum that the converter makes.
+    # The position of the class token is added to it, in float64, as the converter does.
     path = save(tmp_path / "w.pth", rename(numpy_state(module.state_dict())))
     if variant == "dinov2_registers":
         state = torch.load(path)["model"]
-        module.cls_token.data = state["cls_token"] + state["pos_embed"][:, :1]
+        module.cls_token.data = state["cls_token"].double() + state["pos_embed"][:, :1]
     model = check(path, lambda dtype: run_torch(module, lambda m: m.blocks, IMAGES, dtype))
     assert model.dims == ViTDims.uniform(**(SIZES | changes))
     check_round_trip(model, tmp_path)
@@ -149,6 +153,111 @@ def test_hugging_face(kind, tmp_path):
     model = check(path, run, Options())  # config.json beside tells the heads, the activation and eps
     assert model.info["classes"] == [f"LABEL_{i}" for i in range(7)] and model.dims.norm_eps == 1e-12
     assert model.dims.registers == (kind == "deit") and model.dims.dist_token == (kind == "deit_with_teacher")
+    check_round_trip(model, tmp_path)
+
+
+DINOV3 = {  # config -> dims
+    "small": ({"num_register_tokens": 4}, {"registers": 4}),
+    "gated": ({"use_gated_mlp": True, "hidden_act": "silu"}, {"gated": True, "activation": "silu", "mlp": (40,) * 3}),
+    "theta_k_bias": ({"rope_theta": 30.0, "key_bias": True, "query_bias": False}, {"rotary_base": 30.0}),
+    "no_biases": (
+        {"query_bias": False, "value_bias": False, "proj_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-3},
+        {"qkv_bias": False, "norm_eps": 1e-3},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DINOV3)
+def test_hugging_face_dinov3(kind, tmp_path, capsys):
+    """Rotary positions, on patches only."""
+    changes, wanted = DINOV3[kind]
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+    config = transformers.DINOv3ViTConfig(**sizes, image_size=16, patch_size=4, **changes)
+    module = randomise(transformers.DINOv3ViTModel(config))
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if kind == "small":  # the names of transformers 5, beside those of the published files
+        path = save(tmp_path / "w.pth", numpy_state(module.state_dict()))
+
+    def run(dtype):
+        return run_torch(module, lambda m: m.model.layer, IMAGES, dtype, lambda out: out.pooler_output)
+
+    model = check(path, run, Options())
+    assert (model.dims.rotary, model.dims.qk, model.dims.qk_scale) == (4, (4,) * 3, 8**-0.5)
+    assert {name: getattr(model.dims, name) for name in wanted} == wanted
+    assert model.info["preprocessing"]["crop_mode"] == "squash" and model.dims.positions == "none"
+    if kind == "theta_k_bias":
+        convert_checkpoint(tmp_path, tmp_path / "out", verify=True)
+        assert "that is transformers' DINOv3ViTModel, from its config.json" in capsys.readouterr().out
+        larger = convert(tmp_path, Options(image=32)).model  # any image size, and its own patches
+        images = np.random.default_rng(6).standard_normal((2, 32, 32, 3)).astype(np.float32)
+        with torch.inference_mode():
+            expected = module.float()(nchw(images, torch.float32)).pooler_output.numpy()
+        assert np.abs(np.asarray(larger.logits(larger.params, images)) - expected).max() <= 1e-4
+    check_round_trip(model, tmp_path)
+
+
+def test_dinov3_of_timm(tmp_path):
+    """Its file does not show the rotary positions; the name says it, in config.json or of the file."""
+    timm = sources.import_timm()
+    if timm is None:
+        pytest.skip("timm is not installed: pip install --no-deps timm (without torchvision)")
+    from timm.models import save_for_hf
+
+    name = "vit_small_patch16_dinov3"
+    module = randomise(timm.create_model(name, depth=2, img_size=32, num_classes=5))
+    save_for_hf(module, tmp_path, model_args={"img_size": 32, "num_classes": 5}, safe_serialization=True)
+    images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    with torch.inference_mode():
+        expected = module(nchw(images, torch.float32)).numpy()
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other" / f"{name}.lvd1689m.safetensors")
+    for path, options in ((tmp_path, Options()), (tmp_path / "other", Options(image=32))):
+        model = convert(path, options).model
+        assert (model.dims.rotary, model.dims.pool, model.dims.norm_eps, model.dims.heads) == (32, "mean", 1e-5, (6, 6))
+        found = np.asarray(model.logits(model.params, images))
+        # float32 sums of some hundred large random terms, of logits of about 10.
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    nameless = shutil.copy(tmp_path / "model.safetensors", tmp_path / "other" / "w.safetensors")
+    with pytest.raises(UserError, match="no position embeddings"):
+        convert(nameless, Options(image=32, heads=6))
+    other = shutil.copy(nameless, tmp_path / "other" / "vit_base_patch16_rope_ape_224.safetensors")
+    with pytest.raises(UserError, match="rotary positions that are not DINOv3's"):
+        convert(other)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norms_of_queries_and_keys(norm, tmp_path):
+    """timm's names; its own model where it is installed, else its attention written out."""
+    module = small_vit()
+    state = numpy_state(module.state_dict())
+    rng = np.random.default_rng(7)
+    leaves = ("weight", "bias") if norm == "layer" else ("weight",)
+    for i, name, leaf in itertools.product(range(3), ("q_norm", "k_norm"), leaves):
+        state[f"blocks.{i}.attn.{name}.{leaf}"] = rng.normal(0.5, 0.5, 8).astype(np.float32)
+    path = save(tmp_path / "w.pth", state)
+
+    def normed(x, weights):
+        if norm == "layer":
+            return torch.nn.functional.layer_norm(x, (8,), weights["weight"], weights["bias"], 1e-6)
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weights["weight"]
+
+    def attention(block, i):
+        names = ("q_norm", "k_norm")
+        own = [{leaf: torch.from_numpy(state[f"blocks.{i}.attn.{n}.{leaf}"]) for leaf in leaves} for n in names]
+
+        def forward(x):
+            q, k, v = block.attn.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+            q, k = (normed(t, {n: w.to(t.dtype) for n, w in o.items()}) for t, o in zip((q, k), own, strict=True))
+            z = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return block.attn.proj(z.transpose(1, 2).flatten(2))
+
+        return forward
+
+    for i, block in enumerate(module.blocks):
+        block.attn.forward = attention(block, i)
+    model = check(path, lambda dtype: run_torch(module, lambda m: m.blocks, IMAGES, dtype))
+    assert model.dims.qk_norm_count == 8 and model.params["block_0"]["q_norm"]["scale"].shape == (3, 8)
     check_round_trip(model, tmp_path)
 
 
@@ -190,8 +299,43 @@ NPZ_NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["vision_transformer", "big_vision", "big_vision_scan", "big_vision_gap_sincos"])
+class FlaxPool(linen.Module):
+    """big_vision's MAPHead, on Flax's own attention module."""
+
+    @linen.compact
+    def __call__(self, x):
+        class MlpBlock(linen.Module):
+            @linen.compact
+            def __call__(self, z):
+                return linen.Dense(24, name="Dense_1")(linen.gelu(linen.Dense(40, name="Dense_0")(z)))
+
+        probe = self.param("probe", linen.initializers.normal(0.3), (1, 1, 24))
+        x = linen.MultiHeadDotProductAttention(num_heads=3)(jnp.broadcast_to(probe, (len(x), 1, 24)), x)
+        return (x + MlpBlock(name="MlpBlock_0")(linen.LayerNorm()(x)))[:, 0]
+
+
+def stacked(state):
+    """Blocks as one array for all, as big_vision's scan leaves them."""
+    names = {n.split("encoderblock_0/")[1] for n in state if "encoderblock_0/" in n}
+    rest = {n: v for n, v in state.items() if "encoderblock_" not in n}
+    blocks = {n: np.stack([state[f"Transformer/encoderblock_{i}/{n}"] for i in range(3)]) for n in names}
+    return rest | {f"Transformer/encoderblock/{n}": value for n, value in blocks.items()}
+
+
+SIGLIP_BESIDE = {  # of a training file of SigLIP: the half for texts, the loss, the optimizer, times
+    "params/txt/Encoder_0/encoderblock/LayerNorm_0/scale": np.ones((3, 8)),
+    "params/txt/MAPHead_0/probe": np.ones((1, 1, 8)),
+    "params/t": np.ones(1),
+    "params/b": np.ones(1),
+    "opt/0/0/mu/img/embedding/kernel": np.ones((4, 4, 3, 24)),
+    "chrono/accum_train_time": np.ones(()),
+}
+NPZ_KINDS = ("vision_transformer", "big_vision", "big_vision_scan", "big_vision_gap_sincos", "siglip", "siglip_scan")
+
+
+@pytest.mark.parametrize("kind", NPZ_KINDS)
 def test_npz(kind, tmp_path, x64):
+    siglip = kind.startswith("siglip")
     gap, image = kind.endswith("sincos"), 224 if kind.endswith("sincos") else 16
     patch = image // 4
     names = NPZ_NAMES["vision_transformer" if kind == "vision_transformer" else "big_vision"]
@@ -220,14 +364,18 @@ def test_npz(kind, tmp_path, x64):
                             waves = [np.sin(column * w), np.cos(column * w), np.sin(row * w), np.cos(row * w)]
                             table[row * 4 + column, j::6] = waves
                 x = x + table.astype(np.float32)
+            elif siglip:
+                x = x + self.param("pos_embedding", linen.initializers.normal(0.3), (1, 16, 24))
             elif kind != "vision_transformer":
                 x = x + self.param("pos_embedding", linen.initializers.normal(0.3), (1, 17, 24))[:, 1:]
-            if not gap:
+            if not gap and not siglip:
                 token = self.param("cls", linen.initializers.normal(0.3), (1, 1, 24))
                 if kind != "vision_transformer":
                     token = token + self.variables["params"]["pos_embedding"][:, :1]
                 x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 24)), x], 1)
             x = Encoder(name="Transformer")(x)
+            if siglip:
+                return FlaxPool(name="MAPHead_0")(x)
             x = x.mean(1) if gap else x[:, 0]
             if kind == "vision_transformer":
                 x = jnp.tanh(linen.Dense(10, name="pre_logits")(x))
@@ -241,20 +389,20 @@ def test_npz(kind, tmp_path, x64):
     )
     expected = np.asarray(net.apply({"params": jax.tree.map(lambda p: p.astype(np.float64), params)}, images))
     state = dict(flatten(params))
-    if kind == "big_vision_scan":
-        stacked = {n.split("encoderblock_0/")[1] for n in state if "encoderblock_0/" in n}
-        rest = {n: v for n, v in state.items() if "encoderblock_" not in n}
-        state = rest | {
-            f"Transformer/encoderblock/{n}": np.stack([state[f"Transformer/encoderblock_{i}/{n}"] for i in range(3)])
-            for n in stacked
-        }
-    prefix = "" if kind == "vision_transformer" else "params/"
-    np.savez(tmp_path / "w.npz", **{prefix + n: v for n, v in state.items()})
+    state = stacked(state) if kind.endswith("scan") else state
+    prefix = "" if kind == "vision_transformer" else "params/img/" if siglip else "params/"
+    np.savez(tmp_path / "w.npz", **{prefix + n: v for n, v in state.items()}, **(SIGLIP_BESIDE if siglip else {}))
     found = convert(tmp_path / "w.npz", dtype=np.float64)
     assert found.model.dims.activation == "gelu_tanh" and found.model.dims.heads == (3, 3, 3)
     assert np.abs(np.asarray(found.model.logits(found.model.params, images)) - expected).max() <= 1e-9
     if gap:
         assert any("sines" in note for note in found.notes)
+    if siglip:
+        assert (found.model.dims.pool, found.model.dims.pool_heads, found.model.dims.classes) == ("map", 3, 0)
+        assert found.model.info["preprocessing"]["crop_mode"] == "squash"
+        notes = "\n".join(found.notes)
+        for why in ("2 tensor(s), params/txt/", "temperature and bias", "the optimizer", "times of the training"):
+            assert why in notes, notes
 
 
 @pytest.mark.parametrize(
@@ -264,6 +412,7 @@ def test_npz(kind, tmp_path, x64):
         ("deit3_small_patch16_224", {"embed_dim": 384}, dict),
         ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "num_classes": 5}, dict),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, dict),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "img_size": 32}, dict),
     ],
 )
 def test_timm_itself(name, options, rename, tmp_path):
@@ -304,3 +453,4 @@ def test_published_parameter_counts():
     published |= {"deit_base_distilled": 87_338_192, "vit_huge": 632_045_800, "deit3_small": 22_059_496}
     for name, count in published.items():
         assert count_params(preset(name)) == count, name
+    assert count_params(preset("dinov2_giant", classes=0)) == 1_136_479_232  # timm's vit_giant_patch14_dinov2

@@ -16,24 +16,46 @@ from conftest import PREPROCESSING, ROOT, call, ragged, read
 from PIL import Image
 
 from nvit_jax import load_model, save_model
-from nvit_jax.formats import export, torch_vit
+from nvit_jax.formats import export, programs, torch_vit
 from nvit_jax.model.preprocessing import Preprocessing
+
+ANY = ("safetensors", "stablehlo", "onnx")  # formats for any model
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"dist_token": False, "pool": "mean", "norm_after_pool": True, "pre_logits": 6, "activation": "gelu_tanh"}],
+    ("changes", "opset"),
+    [
+        ({}, None),
+        (
+            {"dist_token": False, "pool": "mean", "norm_after_pool": True, "pre_logits": 6, "activation": "gelu_tanh"},
+            18,  # 17 has no mean over given axes that the exporter could write
+        ),
+        ({"norm": "rms", "norm_count": 20}, 25),
+        ({"rotary": 6, "qk_norm_count": 12, "positions": "none", "registers": 1}, 20),
+        ({"dist_token": False, "pool": "class_mean", "gated": True, "activation": "silu", "registers": 2}, 20),
+        ({"heads": (0, 1), "mlp": (9, 0), "layer_scale": True}, 18),  # without an attention, without an mlp
+        ({"heads": (1, 0), "mlp": (9, 0)}, 20),  # without a block
+        (  # what CLIP, SigLIP and rectangles have
+            {
+                **{"image": (16, 8), "patch": (4, 2), "pre_norm": True, "patch_bias": False, "dist_token": False},
+                **{"pool": "map", "pool_width": 21, "pool_heads": 3, "pool_mlp": 8, "classes": 0, "projection": 6},
+            },
+            20,
+        ),
+    ],
 )
-def test_every_format_computes_the_same(changes, tmp_path):
+def test_every_format_computes_the_same(changes, opset, tmp_path):
     model, said = ragged(**changes), []
-    records = export.export_model(model, tmp_path / "export", tuple(export.FORMATS), ("float32",), said.append)
-    assert [r["format"] for r in records] == ["safetensors", "stablehlo", "onnx"] and len(said) == 3
+    options = programs.Options() if opset is None else programs.Options(opset=opset)
+    records = export.export_model(model, tmp_path / "export", ANY, ("float32",), said.append, options)
+    assert [r["format"] for r in records] == list(ANY) and len(said) == 4
+    assert "vit.py runs it" in said[1]
     for record in records:
         assert record["max_abs_diff"] <= 1e-4 * max(1, record["max_abs_logit"])
         assert (tmp_path / record["path"]).stat().st_size == record["bytes"]
     assert records[0]["run_with"].startswith("PyTorch")
     # Again from the files alone, as another program reads them, at a batch size of its own.
-    images = np.random.default_rng(3).standard_normal((5, 16, 16, 3)).astype(np.float32)
+    images = np.random.default_rng(3).standard_normal((5, *model.dims.sides, 3)).astype(np.float32)
     with jax.default_matmul_precision("float32"):
         expected = np.asarray(model.apply(model.params, images))
     limit = 1e-4 * max(1, np.abs(expected).max())
@@ -45,6 +67,7 @@ def test_every_format_computes_the_same(changes, tmp_path):
 
     graph = onnx.load(tmp_path / "export" / "onnx" / "model.onnx")
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # a name, not a number
+    assert [entry.version for entry in graph.opset_import if not entry.domain] == [opset or 20]
 
 
 def test_half_precision(tmp_path):
@@ -208,12 +231,14 @@ def test_the_pytorch_file_says_what_is_wrong_in_one_line(kind, exported, tmp_pat
 def test_files_are_as_open_as_any_new_file(tmp_path):
     before = os.umask(0o027)
     try:
-        export.export_model(ragged(), tmp_path / "E", tuple(export.FORMATS), ("float32",), lambda text: None)
+        export.export_model(ragged(), tmp_path / "E", ANY, ("float32",), lambda text: None)
+        save_model(tmp_path / "E" / "directory", ragged())
         (tmp_path / "new").touch()
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "E").rglob("*") if path.is_file()]
-    assert {"model.safetensors", "model.onnx", "model.stablehlo", "vit.py"} == {path.name for path in files}
+    beside = {"vit.py", "config.json", "README.md", "preprocessor_config.json", "model.json"}
+    assert {"model.safetensors", "model.onnx", "model.stablehlo", *beside} <= {path.name for path in files}
     expected = stat.S_IMODE((tmp_path / "new").stat().st_mode)
     assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {
         path.name: oct(expected) for path in files

@@ -1,5 +1,7 @@
 """Widths, presets, parameter counts and MACs."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -10,8 +12,16 @@ from conftest import VARIANTS, small_dims
 
 from nvit_jax.errors import UserError
 from nvit_jax.model import vit
-from nvit_jax.model.dims import ViTDims, count_macs, count_params, preset, preset_names
-from nvit_jax.model.masks import full_masks, kept_dims
+from nvit_jax.model.dims import (
+    ViTDims,
+    attention_macs,
+    count_macs,
+    count_params,
+    mlp_macs,
+    preset,
+    preset_names,
+)
+from nvit_jax.model.masks import full_masks, kept_dims, normalize
 
 GOLDEN_PARAMS = {
     "deit_tiny": 5_717_416,
@@ -63,9 +73,10 @@ def test_macs_are_those_of_the_jaxpr(variant):
     masks.mlp[0, :5] = 0
     masks.head[1, 0] = 0
     masks.embed[rng.permutation(dims.embed)[:3]] = 0
-    for d in (dims, kept_dims(masks, dims)):
+    no_parts = ViTDims.from_json(dims.to_json() | {"heads": [0, 1], "mlp": [7, 0]})
+    for d in (dims, kept_dims(normalize(masks), dims), no_parts):
         assert sum(math.prod(s.shape) for s in jax.tree.leaves(vit.shapes(d))) == count_params(d)
-        images = jax.ShapeDtypeStruct((1, d.image, d.image, d.channels), jnp.float32)
+        images = jax.ShapeDtypeStruct((1, *d.sides, d.channels), jnp.float32)
         jaxpr = jax.make_jaxpr(lambda p, x, d=d: vit.forward(d, p, x, unroll=True))(vit.shapes(d), images)
         assert _multiply_adds(jaxpr.jaxpr) == count_macs(d)
 
@@ -90,12 +101,24 @@ def test_macs_of_the_published_model_and_xla_total(capsys):
     ("changes", "words"),
     [
         ({"image": 9}, "not divisible by patch"),
+        ({"image": (8, 9)}, "image size 8 x 9 is not divisible by patch 4"),
+        ({"image": (8, 0)}, r"image\[1\]=0 is too small"),
+        ({"image": (8, 8, 8)}, "must be a whole number"),
         ({"embed": 9}, "not divisible by heads"),
-        ({"pool": "max"}, "'max' is not one of"),
+        ({"pool": "last"}, "'last' is not one of"),
+        ({"pool": "map", "pool_heads": 3}, "pool_width that pool_heads divides"),
+        ({"pool": "map", "pre_logits": 3}, "goes with neither pre_logits nor"),
+        ({"pool_mlp": 3}, 'go with pool="map"'),
+        ({"projection": 3}, "goes with classes=0"),
         ({"cls_token": False}, "needs cls_token"),
         ({"pool": "mean", "dist_token": True}, "distillation token"),
         ({"classes": -1}, "classes=-1"),
-        ({"mlp": 0}, "mlp"),
+        ({"mlp": -1}, "mlp"),
+        ({"heads": 0, "qk": 4, "v": 4}, "heads=0"),
+        ({"rotary": 3}, "rotary=3 must be even"),
+        ({"rotary": 2, "qk": 4}, "no less than qk"),
+        ({"qk_norm_count": 3}, "qk_norm_count=3 is less than the 4 query/key dims"),
+        ({"rotary": 4, "qk": 4, "rotary_base": 0.5}, "rotary_base=0.5"),
     ],
 )
 def test_impossible_dims_are_refused(changes, words):
@@ -111,3 +134,33 @@ def test_unknown_preset_and_damaged_json():
         ViTDims.from_json(values | {"colour": 1})
     with pytest.raises(UserError, match="missing field.*embed"):
         ViTDims.from_json({k: v for k, v in values.items() if k != "embed"})
+
+
+def test_a_block_may_lack_a_part():
+    values = small_dims().to_json() | {"heads": [2, 0], "qk": [4, 3], "v": [4, 5], "mlp": [0, 12]}
+    dims = ViTDims.from_json(values)
+    assert (dims.qk, dims.v) == ((4, 0), (4, 0))  # there is nothing that could have dims
+    assert ViTDims.from_json(json.loads(json.dumps(dims.to_json()))) == dims
+    assert attention_macs(dims, 1) == mlp_macs(dims, 0) == 0
+    for kind in ("qk", "v"):
+        with pytest.raises(UserError, match=f"{kind}=.* where there are heads, as in block 0"):
+            ViTDims.from_json(values | {kind: [0, 4]})
+    assert dims.padded().heads == (2, 2) and not dims.is_uniform
+
+
+def test_old_dims_are_read_as_they_were():
+    """As every version until now has written them."""
+    text = (
+        '{"image": 8, "patch": 4, "channels": 1, "classes": 5, "embed": 8, "heads": [2, 1], "qk": [4, 2], "v": [4, 3], '
+        '"mlp": [12, 5], "qk_scale": 0.5}'
+    )
+    dims = ViTDims.from_json(json.loads(text))
+    assert dims == dataclasses.replace(small_dims(), heads=(2, 1), qk=(4, 2), v=(4, 3), mlp=(12, 5))
+
+
+def test_embed_channels_that_come_out_as_features_are_told():
+    """They stay when a model is pruned by its features; behind a projection or attention pooling they may go."""
+    assert small_dims(classes=0).gives_channels and not small_dims().gives_channels
+    for name, width in (("clip", 6), ("siglip", 8)):
+        dims = small_dims(**VARIANTS[name])
+        assert not dims.gives_channels and dims.features == width

@@ -15,6 +15,9 @@ from nvit_jax.pruning import allocation
 from nvit_jax.pruning.allocation import allocate
 from nvit_jax.pruning.ranking import Target, group_sizes, make_targets, rank, remove, smallest_dims, weakest
 
+NONE = ONES | {"head": 0, "mlp": 0}  # floors: parts may go whole
+FIELDS = ("heads", "qk", "v", "mlp")
+
 
 def drawn(dims, seed, below=0.0) -> Units:
     """Exponential, shifted so that a few are below 0."""
@@ -41,14 +44,18 @@ def removed_score(units, masks, dims):
 
 
 def least_score(units, dims, p, targets):
-    """By trying all widths."""
+    """By trying all widths; without heads there is one way for the dims."""
     best = np.inf
     for embed in range(1, dims.embed + 1):
         for blocks in itertools.product(
-            itertools.product(*(range(1, getattr(dims, f)[0] + 1) for f in ("heads", "qk", "v", "mlp"))),
+            itertools.product(
+                *(range(p.floors[k], getattr(dims, f)[0] + 1) for k, f in zip(KINDS[1:], FIELDS, strict=True))
+            ),
             repeat=dims.depth,
         ):
             heads, qk, v, mlp = zip(*blocks, strict=True)
+            if any(not h and (q, w) != (1, 1) for h, q, w in zip(heads, qk, v, strict=True)):
+                continue
             small = dataclasses.replace(dims, embed=embed, heads=heads, qk=qk, v=v, mlp=mlp)
             if all(t.holds(small) for t in targets):
                 masks = full_masks(dims)
@@ -63,7 +70,8 @@ def slots_of(dims, small):
     yield ("embed", 0), dims.embed - small.embed
     for kind, field in (("head", "heads"), ("qk", "qk"), ("v", "v"), ("mlp", "mlp")):
         for i in range(dims.depth):
-            yield (kind, i), getattr(dims, field)[i] - getattr(small, field)[i]
+            along = kind in ("qk", "v") and not small.heads[i]
+            yield (kind, i), 0 if along else getattr(dims, field)[i] - getattr(small, field)[i]
 
 
 def steps(kind, block, units, masks, dims, p):
@@ -115,10 +123,17 @@ def least_by_milp(units, masks, dims, p, targets):
     return best
 
 
-@pytest.mark.parametrize("align", ["per_head", "shared"])
-@pytest.mark.parametrize("spec", [{"macs_ratio": 0.6}, {"macs_ratio": 0.7, "params_ratio": 0.6}])
-def test_solve_is_the_best_of_all_widths(align, spec):
-    dims, p = small_dims(embed=3, depth=2, heads=2, qk=2, v=2, mlp=3, patch=8), policy(align=align)
+@pytest.mark.parametrize(
+    ("align", "spec", "floors"),
+    [
+        ("per_head", {"macs_ratio": 0.6}, ONES),
+        ("shared", {"macs_ratio": 0.7, "params_ratio": 0.6}, ONES),
+        ("shared", {"macs_ratio": 0.6}, NONE),
+        ("per_head", {"macs_ratio": 0.45, "params_ratio": 0.5}, NONE),
+    ],
+)
+def test_solve_is_the_best_of_all_widths(align, spec, floors):
+    dims, p = small_dims(embed=3, depth=2, heads=2, qk=2, v=2, mlp=3, patch=8), policy(align=align, floors=floors)
     for seed in range(3):
         units, targets = drawn(dims, seed), make_targets(spec, dims, None)
         found = allocate(units, full_masks(dims), dims, p, targets)
@@ -130,11 +145,19 @@ def test_solve_is_the_best_of_all_widths(align, spec):
 
 
 @pytest.mark.parametrize("kinds", [KINDS, KINDS[1:]])
-@pytest.mark.parametrize("spec", [{"macs_ratio": 0.55}, {"params": 2900.0}, {"macs_ratio": 0.6, "params_ratio": 0.58}])
-def test_solve_is_what_an_integer_program_finds(kinds, spec):
+@pytest.mark.parametrize(
+    ("spec", "floors"),
+    [
+        ({"macs_ratio": 0.55}, ONES | {"mlp": 4}),
+        ({"params": 2900.0}, ONES | {"mlp": 4}),
+        ({"macs_ratio": 0.6, "params_ratio": 0.58}, ONES | {"mlp": 4}),
+        ({"macs_ratio": 0.35, "params_ratio": 0.48}, NONE),
+    ],
+)
+def test_solve_is_what_an_integer_program_finds(kinds, spec, floors):
     dims = small_dims(embed=9, depth=3, heads=3, qk=6, v=5, mlp=22, patch=4)
     sizes = {"embed": 3, "head": 1, "qk": 2, "v": 2, "mlp": 4}  # v and mlp leave a remainder
-    p = policy(sizes=sizes, kinds=kinds, floors=ONES | {"mlp": 4})
+    p = policy(sizes=sizes, kinds=kinds, floors=floors)
     targets = make_targets(spec, dims, None)
     above_bound = 0
     for seed in range(3):
@@ -142,6 +165,8 @@ def test_solve_is_what_an_integer_program_finds(kinds, spec):
         found = allocate(units, full_masks(dims), dims, p, targets)
         least = least_by_milp(units, full_masks(dims), dims, p, targets)
         assert found.met and total(found) == pytest.approx(least, abs=1e-6)  # what the integer program is exact to
+        if floors is NONE and kinds is not KINDS:  # otherwise embed may do
+            assert 0 in (*found.dims.heads, *found.dims.mlp)
         above_bound += total(rank(units, full_masks(dims), dims, p, targets)) > least + 1e-6
     assert above_bound  # a rule that stops short of the best would be seen
 

@@ -1,6 +1,7 @@
 """Statistics, least squares, changes of basis, compensation: each against its definition."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import VARIANTS, random_params, run_forward, small_dims
 
+from nvit_jax.errors import UserError
 from nvit_jax.model import vit
 from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.parallel import Parallel
 from nvit_jax.pruning import leastsquares, obs, rebasis
-from nvit_jax.pruning.compensation import Chosen, compensate, value_features
-from nvit_jax.pruning.moments import Moments, TokenMoments, moments, summed
+from nvit_jax.pruning.compensation import Chosen, align, compensate, value_features
+from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, moments, summed
 from nvit_jax.pruning.statistics import Images, Walk, hold_back
 
 KEEP = Chosen(values=False, neurons=False)
@@ -23,7 +25,7 @@ ANEW = Chosen(values=True, neurons=True)
 def walk(dims, images=40, batch=8, devices=1, seed=0, values=None):
     """A walk over random images, float32."""
     parallel = Parallel.create("jit", tuple(jax.devices()[:devices]))
-    shape = (images, dims.image, dims.image, dims.channels)
+    shape = (images, *dims.sides, dims.channels)
     if values is None:
         values = np.random.default_rng([seed, 1]).standard_normal(shape)
     values = np.asarray(values, np.float32)
@@ -141,7 +143,7 @@ def test_removal_costs_what_the_best_fit_of_the_rest_errs():
     metric = np.diag([1.0, 2.0, 3.0])
     x = x - x.mean(0)
     own = Moments(200.0, np.zeros(8), np.zeros(3), x.T @ x, x.T @ (x @ w), np.square(x @ w).sum(0))
-    order, cost = leastsquares.removal(own, metric, np.ones(8), 1e-9, chunk=2)
+    order, cost = leastsquares.removal(own, metric, np.ones(8), 1e-9, least=2)
     assert sorted(order) == list(range(8)) and (np.diff(cost) >= 0).all()
     for gone in (2, 4, 6):
         rest = np.sort(order[gone:])
@@ -161,8 +163,14 @@ def test_a_change_of_basis_keeps_the_function(variant, x64):
         values = np.stack([np.linalg.qr(rng.standard_normal((v, v)))[0] for _ in range(heads)])
         found = [rebasis.logit_basis(*(m.T @ m for m in rng.standard_normal((2, 2 * qk, qk)))) for _ in range(heads)]
         logits = np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+        if dims.rotary or dims.qk_norm_count:
+            with pytest.raises(UserError, match="normalised|rotary"):
+                rebasis.change(params[f"block_{i}"], values, logits)
+            orders = np.stack([rng.permutation(qk) for _ in range(heads)])
+            turned[f"block_{i}"] = rebasis.reorder(rebasis.change(params[f"block_{i}"], values, None), orders)
+            continue
         turned[f"block_{i}"] = rebasis.change(params[f"block_{i}"], values, logits)
-    images = np.random.default_rng(4).standard_normal((3, dims.image, dims.image, dims.channels))
+    images = np.random.default_rng(4).standard_normal((3, *dims.sides, dims.channels))
     before, after = (run_forward(dims, p, images) for p in (params, turned))
     assert before.dtype == np.float64
     np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-10)
@@ -177,6 +185,42 @@ def test_the_first_dims_of_a_logit_basis_are_the_best_approximation():
     for rank in (2, 4):
         error = np.square(q @ k.T - (q @ a[:, :rank]) @ (k @ b[:, :rank]).T).mean()
         assert error == pytest.approx(squares[rank:].sum(), rel=1e-4)  # the moments are evened by 1e-6
+
+
+def test_the_order_of_a_fixed_basis_is_that_of_the_logits():
+    """Units of two dims: what each adds to the logits of independent queries and keys, in the mean over their pairs."""
+    rng = np.random.default_rng(5)
+    q, k = rng.standard_normal((300, 6)), rng.standard_normal((200, 6)) * [0.1, 0.2, 3, 2, 1, 0.5]
+    order, squares = rebasis.logit_order(q.T @ q / 300, k.T @ k / 200, 2)
+    alone = [np.square(q[:, u] @ k[:, u].T).mean() for u in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    assert order.tolist() == [1, 2, 0]
+    np.testing.assert_allclose(squares, [alone[i] for i in order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{"rotary": 6, "qk": 6}, {"qk": 6, "qk_norm_count": 6}])
+def test_dims_that_stay_what_they_are_are_reordered(changes):
+    """Planted: the even units of each head hardly count. They come last, and the function stays; rotary numbers too."""
+    dims, params = model(**changes)
+    params = host(params)
+    for i, name in itertools.product(range(dims.depth), ("q_norm",) if "qk_norm_count" in changes else ("q", "k")):
+        for leaf in params[f"block_{i}"][name].values():
+            rows = leaf if leaf.ndim == 2 + ("rotary" in changes) else np.moveaxis(leaf, 0, -1)
+            rows[:, ::2] *= 1e-3
+    steps = walk(dims)
+    scored = obs.score(steps, params, sensitivities(steps, params))
+    np.testing.assert_allclose(logits(dims, scored.params, steps), logits(dims, params, steps), rtol=1e-4, atol=1e-4)
+    for i in range(dims.depth):
+        assert (np.diff(scored.scores.qk[i], axis=-1) < 0).all()
+        before, after = (np.asarray(p[f"block_{i}"]["q"]["kernel"]) for p in (params, scored.params))
+        for head in range(2):
+            here = [np.flatnonzero([np.array_equal(a, b) for b in np.moveaxis(before[:, head], 1, 0)])
+                    for a in np.moveaxis(after[:, head], 1, 0)]  # fmt: skip
+            places = np.concatenate(here)
+            assert sorted(places[:3]) == [1, 3, 5] and sorted(places[3:]) == [0, 2, 4]
+            if dims.rotary:
+                np.testing.assert_array_equal(
+                    scored.params[f"block_{i}"]["rotary"][head], params[f"block_{i}"]["rotary"][head][places]
+                )
 
 
 def test_value_bases_are_orthonormal_and_cost_rises():
@@ -208,15 +252,17 @@ def test_nothing_cut_changes_nothing(variant):
     np.testing.assert_allclose(logits(dims, found.params, steps, found.masks), before, atol=1e-6 * max(scale, 1))
 
 
-def test_planted_dependencies_cost_nothing():
-    """Neurons and value dims that repeat others go; the rest takes over what they wrote."""
-    dims, params = model(heads=2, qk=8, v=8)
+@pytest.mark.parametrize("changes", [{}, {"gated": True, "activation": "silu"}])
+def test_planted_dependencies_cost_nothing(changes):
+    """Neurons, with their gates, and value dims that repeat others go; the rest takes over what they wrote."""
+    dims, params = model(heads=2, qk=8, v=8, **changes)
     params = host(params)
     masks = host(full_masks(dims))
     for i in range(dims.depth):
         block = params[f"block_{i}"]
-        for leaf in block["fc1"].values():
-            leaf[..., 16:] = leaf[..., :8]
+        for name in {"fc1", "fc1_gate"} & block.keys():
+            for leaf in block[name].values():
+                leaf[..., 16:] = leaf[..., :8]
         for leaf in block["v"].values():
             leaf[..., 6:] = 2 * leaf[..., :2]
         masks.mlp[i, 16:] = 0
@@ -229,6 +275,25 @@ def test_planted_dependencies_cost_nothing():
     scale = np.abs(before).max()
     assert np.abs(cut - before).max() > 1e-2 * scale
     np.testing.assert_allclose(logits(dims, found.params, steps, found.masks), before, atol=1e-5 * scale)
+
+
+def test_both_readers_of_a_pooling_make_good_for_channels_that_are_gone(x64):
+    """Channels that follow from others go; the shift of the mean's reader, which has no bias, goes into the other's."""
+    rng = np.random.default_rng(7)
+    x, embed = rng.standard_normal((60, 2, 8)), np.array([1.0] * 5 + [0.0] * 3)
+    x[..., 5:] = x[..., :5] @ rng.standard_normal((5, 3)) + 2
+    nothing = summed(())
+    found = TokenMoments(nothing, summed([tuple(map(np.asarray, moments(x * embed, x)))]))
+    params = {"head": {"kernel": rng.standard_normal((8, 3)), "bias": np.ones(3)}}
+    params["head_mean"] = {"kernel": rng.standard_normal((8, 3))}
+    felt = Sensitivity(np.zeros((0, 0)), 1.0, 1.0)
+    new = align(params, tuple(params), (found, found), embed, felt, use_held=False)  # the least ridge is the best
+
+    def logits(params, x):
+        return x[:, 0] @ params["head"]["kernel"] + x[:, 1] @ params["head_mean"]["kernel"] + params["head"]["bias"]
+
+    assert set(new["head_mean"]) == {"kernel"}
+    np.testing.assert_allclose(logits(new, x * embed), logits(params, x), atol=1e-4)  # the ridge of 1e-6
 
 
 def test_masked_parameters_of_what_goes_do_not_matter():

@@ -9,6 +9,7 @@ from conftest import small_dims
 from nvit_jax.errors import UserError
 from nvit_jax.model.dims import KINDS, Units, count_macs, count_params, preset
 from nvit_jax.model.masks import full_masks, kept_dims
+from nvit_jax.pruning.allocation import allocate
 from nvit_jax.pruning.ranking import (
     Policy,
     Target,
@@ -221,6 +222,40 @@ def test_a_target_below_the_floors_names_the_smallest_reachable():
     check_reachable(dims, p, make_targets({"latency_ms": float(str(caught.value).rsplit(" ", 1)[1])}, dims, ms))
 
 
+@pytest.mark.parametrize("rule", ["per_cost", "solve", "eta"])
+@pytest.mark.parametrize("align", ["per_head", "shared"])
+def test_floors_of_zero_let_parts_go(rule, align):
+    """A target that cannot be reached otherwise is met, from masks, too; with two heads in a group as well."""
+    dims = small_dims(embed=8, depth=3, heads=7, qk=2, v=2, mlp=20, patch=4)
+    p = policy(
+        sizes=ONES | {"head": 2, "mlp": 8},
+        floors=ONES | {"head": 0, "mlp": 0},
+        protected=(1,),
+        kinds=KINDS[1:],
+        align=align,
+        rule=rule,
+        eta=1e-9,
+        latency=count_macs,
+    )
+    least = smallest_dims(dims, p)
+    assert (least.heads, least.qk, least.v, least.mlp) == ((0, 7, 0), (0, 2, 0), (0, 2, 0), (0, 20, 0))
+    keep = dataclasses.replace(p, floors=ONES)
+    targets = make_targets({"macs": float(count_macs(least))}, dims, None)
+    with pytest.raises(UserError, match="smallest reachable"):
+        check_reachable(dims, keep, targets)
+    check_reachable(dims, p, targets)
+    rng = np.random.default_rng(0)
+    units = Units(*(rng.exponential(size=m.shape) for m in full_masks(dims)))
+    if align == "shared":
+        units = units._replace(qk=units.qk[:, :1] + 0 * units.qk, v=units.v[:, :1] + 0 * units.v)
+    rule_ = allocate if rule == "solve" else rank
+    some = rule_(units, full_masks(dims), dims, p, make_targets({"macs_ratio": 0.6}, dims, None))
+    assert some.met and kept_dims(some.masks, dims) == some.dims
+    found = rule_(units, some.masks, dims, p, targets)
+    assert found.met and found.dims == least == kept_dims(found.masks, dims)
+    assert rule_(units, found.masks, dims, p, make_targets({"macs": 1.0}, dims, None)).exhausted
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -228,7 +263,8 @@ def test_a_target_below_the_floors_names_the_smallest_reachable():
         ({"rule": "best"}, "rule='best' is not one of"),
         ({"rule": "eta"}, "needs a latency model"),
         ({"kinds": ("mlp", "token")}, "unknown kind 'token'"),
-        ({"floors": ONES | {"qk": 0}}, "floors: qk is 0"),
+        ({"floors": ONES | {"qk": 0}}, "floors: qk is 0; it must be at least 1"),
+        ({"floors": ONES | {"head": -1}}, "floors: head is -1; it must be at least 0"),
         ({"sizes": ONES | {"v": 0}}, "profile: v is 0"),
     ],
 )

@@ -60,11 +60,13 @@ def test_the_released_table_reads_as_it_is(table):
     assert abs(table.blocks(DIMS)[3] / points["full_block"] - 1) <= 1e-12
     for changes, words in (
         ({"heads": (16,) * 12}, "heads from 1 to 12, not 16"),
+        ({"heads": (0,) * 12}, "knows no block without heads; keep the floor of head at 1"),
         ({"mlp": (4096,) * 12}, "MLP from 0 to 3072, not 4096"),
         ({"embed": 1024}, "EMB from 0 to 768, not 1024"),
+        ({"gated": True}, "knows no gated mlp"),
     ):
         with pytest.raises(UserError, match=words):
-            table(ViTDims.from_json(DIMS.to_json() | {k: list(v) if k != "embed" else v for k, v in changes.items()}))
+            table(ViTDims.from_json(DIMS.to_json() | changes))
 
 
 @needs_golden

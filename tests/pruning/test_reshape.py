@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from nvit_jax.errors import UserError
 from nvit_jax.model import vit
 from nvit_jax.model.dims import KINDS, ViTDims, count_params
-from nvit_jax.model.groups import AXES, axes_of, expand, flatten
-from nvit_jax.model.masks import full_masks
+from nvit_jax.model.groups import AXES, PAIRED, axes_of, expand, flatten
+from nvit_jax.model.masks import check_masks, full_masks
 from nvit_jax.model.reshape import reshape
+from nvit_jax.pruning.saliency import per_sample
 
 # 1e-10 in float64 proves the equality; in float32 the sums run in another order, 1e-5 of the largest logit is
 # about 100 units in the last place.
@@ -49,18 +50,37 @@ def test_every_variant(variant):
     assert_equal_models(dims, random_masks(dims, np.random.default_rng(3)), 3)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_parts_of_every_variant(variant):
+    """One attention and one mlp, then the rest of two models; in the end every block is two constants."""
+    dims = small_dims(**VARIANTS[variant])
+    masks = random_masks(dims, np.random.default_rng(5))
+    masks.head[0] = masks.mlp[1] = 0
+    once_dims, once = assert_equal_models(dims, check_masks(masks, dims), 5)
+    assert once_dims.heads[0] == once_dims.qk[0] == once_dims.v[0] == once_dims.mlp[1] == 0
+    assert set(once["block_0"]["proj"]) == set(once["block_1"]["fc2"]) == {"bias"}
+    assert "norm1" not in once["block_0"] and "norm2" not in once["block_1"]
+    if variant not in ("plain", "layer_scale"):
+        return
+    masks = full_masks(once_dims)
+    nothing = masks._replace(head=0 * masks.head, mlp=0 * masks.mlp)
+    bare, _ = assert_equal_models(once_dims, nothing, 5)
+    assert bare.heads == bare.mlp == (0, 0) and bare.is_uniform
+
+
 @st.composite
 def any_dims(draw) -> ViTDims:
     """Ragged or uniform dims of any variant."""
     depth = draw(st.integers(1, 3))
-    widths = st.lists(st.integers(1, 4), min_size=depth, max_size=depth).map(tuple)
+    widths, parts = (st.lists(st.integers(least, 4), min_size=depth, max_size=depth).map(tuple) for least in (1, 0))
     base = small_dims(**VARIANTS[draw(st.sampled_from(sorted(VARIANTS)))])
     values = base.to_json() | {"embed": draw(st.integers(2, 9)), "qk_scale": draw(st.floats(0.1, 1.0))}
-    return ViTDims.from_json(values | {k: draw(widths) for k in ("heads", "qk", "v", "mlp")})
+    own = {"heads": draw(parts), "qk": draw(widths), "v": draw(widths), "mlp": draw(parts)}
+    return ViTDims.from_json(values | own)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(dims=any_dims(), seed=st.integers(0, 2**20), kinds=st.sets(st.sampled_from(KINDS), min_size=1))
+@given(dims=any_dims(), seed=st.integers(0, 2**20), kinds=st.sets(st.sampled_from((*KINDS, "part")), min_size=1))
 def test_random_dims_masks_and_a_second_pruning(dims, seed, kinds):
     rng = np.random.default_rng(seed)
     once_dims, once = assert_equal_models(dims, random_masks(dims, rng, kinds), seed)
@@ -77,7 +97,8 @@ def test_random_dims_masks_and_a_second_pruning(dims, seed, kinds):
 def test_scan_padding_and_unrolled_are_one_model(x64):
     uniform = small_dims(dist_token=True)
     ragged = ViTDims.from_json(uniform.to_json() | {"heads": [2, 1], "qk": [3, 4], "v": [2, 5], "mlp": [12, 7]})
-    for dims in (uniform, ragged):
+    no_parts = ViTDims.from_json(ragged.to_json() | {"heads": [0, 1], "mlp": [12, 0]})
+    for dims in (uniform, ragged, no_parts):
         params, images = random_params(dims), random_images(dims)
         outs = [
             run_forward(dims, params, images, unroll=True),
@@ -104,13 +125,33 @@ def test_mask_values_do_not_recompile():
     assert len(traces) == 1
 
 
+def test_the_gate_of_a_rotary_pair_has_the_gradient_of_the_true_loss(x64):
+    """By central differences, whose error is about 1e-9. And other numbers of the pairs are another function."""
+    dims = small_dims(**VARIANTS["rotary"])
+    params, images, step = random_params(dims), random_images(dims), 1e-5
+    masks = jax.tree.map(lambda m: np.asarray(m, np.float64), full_masks(dims))
+    mean = jax.jit(lambda p, qk: vit.forward(dims, p, images, masks._replace(qk=qk)).mean())
+    by_weight, gradient = jax.jit(jax.grad(mean, (0, 1)))(params, masks.qk)
+    assert not by_weight["block_0"]["rotary"].any()  # training leaves the numbers alone
+    each = jax.jit(jax.grad(lambda m: vit.forward(dims, params, images, m).mean()))(per_sample(masks, len(images)))
+    np.testing.assert_allclose(each.qk.sum(1), gradient, atol=1e-12)
+    for at in ((0, 0, 1), (1, 1, 3)):
+        e = np.zeros_like(masks.qk)
+        e[at] = step
+        true = float(mean(params, masks.qk + e) - mean(params, masks.qk - e)) / (2 * step)
+        np.testing.assert_allclose(gradient[at], true, atol=1e-7)
+    other = params | {"block_0": params["block_0"] | {"rotary": params["block_0"]["rotary"][:, ::-1]}}
+    assert abs(float(mean(other, masks.qk) - mean(params, masks.qk))) > 1e-6
+
+
 def test_the_table_knows_every_parameter_and_nothing_else():
     seen = set()
     for changes in VARIANTS.values():
         for path, leaf in flatten(vit.shapes(small_dims(**changes))):
-            axes = axes_of(path, pre_logits="pre_logits" in changes)
-            assert len(axes) == len(leaf.shape), path
+            axes = axes_of(path, inside="pre_logits" in changes or changes.get("pool") == "map")
             first, _, rest = path.partition("/")
+            pair = "rotary" in changes and first.startswith("block_") and rest.split("/")[0] in PAIRED
+            assert len(axes) + pair == len(leaf.shape), path
             seen.add(f"block/{rest}" if first.startswith("block_") else path)
     assert seen == set(AXES)
 
@@ -120,10 +161,14 @@ def test_expand_marks_exactly_what_reshape_keeps():
         dims = small_dims(**changes)
         params = random_params(dims)
         masks = random_masks(dims, np.random.default_rng(1))
+        masks.head[0] = masks.mlp[1] = 0  # and two parts
+        masks = check_masks(masks, dims)
         kept = expand(masks, params)
         _, compact = reshape(params, masks, dims)
-        for (path, keep), (_, value), (_, small) in zip(flatten(kept), flatten(params), flatten(compact), strict=True):
-            np.testing.assert_array_equal(value[keep > 0], small.ravel(), err_msg=path)
+        small = dict(flatten(compact))
+        for (path, keep), (_, value) in zip(flatten(kept), flatten(params), strict=True):
+            np.testing.assert_array_equal(value[keep > 0], small.pop(path, np.zeros(0)).ravel(), err_msg=path)
+        assert not small and "block_0/norm1/scale" in dict(flatten(params))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +177,8 @@ def test_expand_marks_exactly_what_reshape_keeps():
         (lambda m: m._replace(mlp=m.mlp[:, :-1]), r"mlp has shape \(2, 11\), the model \(2, 12\)"),
         (lambda m: m._replace(embed=m.embed * 0.5), "other than 0 and 1"),
         (lambda m: m._replace(embed=m.embed * 0), "embed keeps no channel"),
-        (lambda m: m._replace(head=m.head * np.array([[1], [0]])), "block 1 keeps no head"),
+        (lambda m: m._replace(qk=m.qk * np.array([[[1]], [[0]]])), "block 1 keeps heads, and no qk dim"),
+        (lambda m: m._replace(v=m.v * np.array([[[0]], [[1]]])), "block 0 keeps heads, and no v dim"),
         (lambda m: m._replace(qk=m.qk * np.array([[1, 1, 1, 1], [1, 1, 1, 0]])), r"\[4, 3\] qk dims"),
     ],
 )

@@ -266,9 +266,9 @@ def test_a_resumed_run_is_the_same(sparse_run, finished, tmp_path, capsys, monke
         original(state, step_fn, stream, 10, *rest, **options)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(distill, "fit", cut_short)
-        call("--workdir", place, *arguments, "--stage", "finetune")
+        assert call("--workdir", place, *arguments, "--stage", "finetune") == 130  # as shells count SIGINT
     assert "parameters stay, val top-1" in capsys.readouterr().out
     assert call("--workdir", place, *arguments, "--stage", "finetune") == 0
     told = capsys.readouterr().out
@@ -306,7 +306,7 @@ def test_the_table_without_a_sparse_model_has_no_column_for_it(finished):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sparsity=random"], "config.finetune.sparsity='random': must be one of None, magnitude, gradient"),
+        (["sparsity=random"], "config.finetune.sparsity='random': must be magnitude or gradient"),
         (["sparsity=magnitude", "from_scratch=True"], "does not go with finetune.from_scratch"),
     ],
 )

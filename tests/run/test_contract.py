@@ -71,7 +71,8 @@ def quick(monkeypatch, finished):
             shutil.copytree(source, run.stage.path, ignore=ignore, dirs_exist_ok=True)
         if name in ("report", "preview"):
             (run.workdir / f"{name}.html").write_text("<title>nvit_jax</title>")
-        return {"made": len(worked)}
+        metrics = source / "metrics.json"
+        return (read(metrics) if metrics.exists() else {}) | {"made": len(worked)}
 
     for name in STAGES:
         monkeypatch.setitem(runner.FUNCTIONS, name, work)
@@ -247,7 +248,7 @@ def test_a_kill_while_the_new_one_takes_its_place(workdir, quick, monkeypatch, k
         else:
             assert call("--workdir", workdir, "--stage=prune", "--force") == 0
     recover([workdir])
-    assert read(workdir / "prune" / "metrics.json") == {"made": 1}
+    assert read(workdir / "prune" / "metrics.json")["made"] == 1
     assert (workdir / "prune" / "notes.txt").read_text() == "mine"
     assert read(workdir / "finetune" / "stage.json")["status"] == "stale"
     assert nvit_jax.load_model(workdir / "prune" / "model").dims
@@ -551,7 +552,7 @@ def test_convert_overwrites_models_alone(finished, tmp_path):
     source = tmp_path / "safetensors" / "model.safetensors"
     content = source.read_bytes()
     silent = {"say": lambda text: None}
-    for out, words in ((source.parent, "model.safetensors"), (source, "is a file"), (tmp_path, "safetensors")):
+    for out, words in ((source.parent, "holds README.md"), (source, "is a file"), (tmp_path, "safetensors")):
         with pytest.raises(UserError, match=words):
             convert_checkpoint(source, out, overwrite=True, **silent)
     out = tmp_path / "out"

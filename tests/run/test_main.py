@@ -145,7 +145,8 @@ def test_a_workdir_older_than_a_config_key(finished, tmp_path, capsys):
     record["keys"]["pretrain.no_more"] = 1  # and this version does not know that one
     (workdir / "pretrain" / "stage.json").write_text(json.dumps(record))
     assert call("--workdir", workdir, "--stage=pretrain") == 0
-    assert "finished before" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"{workdir}: pretrain; on cpu") and "finished before" in out
     assert call("--workdir", workdir, "--stage=pretrain", "--config.pretrain.keep=best") == 2
     assert "(pretrain.keep: 'last' -> 'best')" in capsys.readouterr().err
 

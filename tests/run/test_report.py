@@ -192,6 +192,13 @@ def test_every_axis_has_a_label_and_a_unit():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # A model whose blocks lack parts, pruned again.
+    no_parts = DENSE | {"heads": [0, 2], "qk": [0, 4], "v": [0, 4], "mlp": [12, 0]}
+    fewer = [line | {"dims": no_parts | {"heads": [0, 0], "qk": [0, 0], "v": [0, 0]}} for line in HISTORY]
+    some = scores()
+    for kind in ("mask_head", "mask_qk", "mask_v"):
+        some[kind][0] = 0
+    some["mask_mlp"][1] = 0
     curves = {"pretrain": LOG, "prune": [{"step": line["step"], "loss": line["loss"]} for line in LOG]}
     for plot, *arguments in (
         (plots.widths, DENSE, PRUNED),
@@ -200,6 +207,10 @@ def test_every_axis_has_a_label_and_a_unit():
         (plots.scores, scores()),
         (plots.sensitivity, scores(), "ms"),
         (plots.losses, curves, {"prune": 0.001}, 0.93),
+        (plots.widths, no_parts, fewer[-1]["dims"]),
+        (plots.remaining, no_parts, fewer),
+        (plots.scores, some),
+        (plots.sensitivity, some, "ms"),
     ):
         figure, _ = plot(plt, *arguments)
         for axis in (a for a in figure.axes if a.axison):

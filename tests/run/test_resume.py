@@ -98,7 +98,7 @@ def test_sigterm_saves_and_exits(undisturbed, tmp_path):
     process = start(workdir)
     assert wait_for_a_state(process, workdir / "pretrain" / "state")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     assert "stopped at step" in output and "Traceback" not in output
     stopped = int(output.split("stopped at step ")[1].split(";")[0])
@@ -114,10 +114,10 @@ def test_where_and_how_a_run_goes_on_may_change(undisturbed, tmp_path):
     process = start(workdir)
     assert wait_for_a_state(process, workdir / "pretrain" / "state")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     process = start(workdir, "--config.pretrain.batch=32")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2 and "(pretrain.batch: 64 -> 32)" in output
     keys = ("data.threads=1", "data.max_bad_fraction=0.5", "pretrain.save_every=11", "finetune.save_every=9")
     assert "resumes at step" in finish(workdir, *(f"--config.{key}" for key in keys))
@@ -137,7 +137,7 @@ def test_damaged_states_are_not_taken_for_a_fresh_start(tmp_path):
             file.write_bytes(b"")
     for _ in range(2):  # the second time, too
         process = start(workdir, "--stage=pretrain")
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 2 and "--force" in output and "Traceback" not in output, output
     assert "380 steps" not in output and finish(workdir, "--stage=pretrain", "--force")
 
@@ -148,10 +148,10 @@ def test_one_run_at_a_time_in_a_workdir(tmp_path):
     process = start(workdir, "--stage=pretrain", "--config.pretrain.epochs=400")
     assert wait_for_a_state(process, workdir / "pretrain" / "state")
     second = start(workdir, "--stage=pretrain", "--config.pretrain.epochs=400")
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=300)
     assert second.returncode == 2 and "another run is at work there" in output and "Traceback" not in output, output
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
 
 
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     workdir = tmp_path / "W"
     keys = ("learning_rate=1e18", "warmup_epochs=4", "save_every=1", "log_every=1")
     process = start(workdir, "--stage=pretrain", *(f"--config.pretrain.{key}" for key in keys))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 2 and "is nan at step" in output and "Traceback" not in output, output
     step = int(output.split("at step ")[1].split(";")[0])
     states = [int(p.name) for p in (workdir / "pretrain" / "state").glob("[0-9]*")]

@@ -18,7 +18,8 @@ from nvit_jax.pruning import saliency
 from nvit_jax.pruning.loop import Plan, Task, new_prune_state, prune_loop
 from nvit_jax.pruning.ranking import Ranking, Target
 from nvit_jax.pruning.scoring import Scoring, make_score_step
-from nvit_jax.training import distill, optim
+from nvit_jax.training import distill, monitor, optim
+from nvit_jax.training.evaluate import evaluate
 from nvit_jax.training.losses import Objective, cross_entropy, kl_nvit, objective_loss
 from nvit_jax.training.monitor import Monitor
 
@@ -246,3 +247,44 @@ def test_a_stop_saves_where_it_is():
     with pytest.raises(distill.Stopped, match="step 5"):
         distill.fit(STATE, fake_step(np.ones(10)), lambda step: {}, 10, monitor, log_every=3, save_every=100)
     assert monitor.saves == [5]
+
+
+def test_evaluation_reads_a_batch_when_the_next_ones_run():
+    """So that the device never waits for the host; what is found stays in order, and all of it counts."""
+    told = []
+
+    class Late:
+        def __init__(self, name, value):
+            self.name, self.value = name, value
+
+        def __array__(self, dtype=None, copy=None):
+            if self.name == "images":
+                told.append(("read", self.value))
+            return np.array([self.value], float)
+
+    def step(state, number):
+        told.append(("run", number))
+        values = {"top1": 1, "top5": 2, "loss": 3 * number, "images": number, "broken": 0, "before": 0}
+        return {name: Late(name, value) for name, value in values.items()}
+
+    found = evaluate(step, None, iter([4, 5, 6, 7]))
+    assert [name for name, _ in told] == ["run"] * 3 + ["read", "run"] + ["read"] * 3
+    assert [number for name, number in told if name == "read"] == [4, 5, 6, 7]
+    assert found == {"top1": 4 / 22, "top5": 8 / 22, "loss": 3.0, "images": 22}
+
+
+# --------------------------------------------------------------------------------------------- progress
+
+
+def test_the_time_left_does_not_count_what_compiles(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(monitor, "time", types.SimpleNamespace(monotonic=lambda: now))
+    console = monitor.Console("train")
+    with console.progress(100):
+        for done, now in ((1, 300.0), (11, 340.0), (12, 341.0), (61, 540.0)):  # noqa: B007 - the first one compiles
+            console.advance(done)
+    assert capsys.readouterr().out.splitlines() == [
+        "[train] step 1 of 100",
+        "[train] step 11 of 100, 0.25 a second, 05:56 left",
+        "[train] step 61 of 100, 0.25 a second, 02:36 left",
+    ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from nvit_jax.errors import UserError, nearest
+from nvit_jax.model.sizes import Size, parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +46,21 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 1")
     return int(text)
+
+
+def at_least_zero(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 0")
+    return int(text)
+
+
+def image_size(text: str) -> Size:
+    """A whole number, or height and width with an x between them."""
+    size = parse(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least 1, or two as in 256x128")
+    return size
 
 
 def positive(text: str) -> float:

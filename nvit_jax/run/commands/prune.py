@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nvit_jax import paths
 from nvit_jax.errors import UserError
 from nvit_jax.run.commands.parser import Parser, at_least_one, positive, ratio
 from nvit_jax.run.commands.run import run_all
 from nvit_jax.run.configfile import load_config
+from nvit_jax.run.failures import tidying
 
 if TYPE_CHECKING:  # help and mistakes do not wait for it
     from ml_collections import ConfigDict
@@ -20,8 +22,9 @@ DESCRIPTION = f"""\
 Prune a Vision Transformer to a part of its MACs, latency or parameters, and evaluate it before and after.
 
 CHECKPOINT is a model directory, or a file that `nvit-jax convert` reads; it is converted first, into DIR/model.
-Images lie in FOLDER/class/image.jpg, --val likewise. Without --val, and when FOLDER has no train/ and val/, a part of
-{HOLDOUT:g} of the images is kept for evaluation, chosen by a hash of their names. Latency is measured on this device.
+Images lie in FOLDER/class/image.jpg, or without labels, for a model without a classifier, in FOLDER/image.jpg; --val
+likewise. Without --val, and when FOLDER has no train/ and val/, a part of {HOLDOUT:g} of the images is kept for
+evaluation, chosen by a hash of their paths. Latency is measured on this device.
 The same command again resumes a stopped run; with --finetune or --export added, it goes on from what is there."""
 EXAMPLES = """\
 --config.KEY=VALUE sets any other key of the config, as `nvit-jax run` does; this is a run of configs/checkpoint.py.
@@ -58,7 +61,7 @@ def _parser() -> Parser:
     parser.option(
         "--criterion", metavar="NAME", help="obs (the default), fisher, magnitude, taylor, hvp, obd, random, ..."
     )
-    parser.option("--export", metavar="FORMATS", help="some of safetensors,stablehlo,onnx")
+    parser.option("--export", metavar="FORMATS", help="some of safetensors,transformers,stablehlo,onnx")
     parser.option("--force", action="store_true", help="do everything anew")
     return parser
 
@@ -80,7 +83,8 @@ def execute(words: Sequence[str]) -> int:
         )
     if plan.checkpoint is not None:
         _convert(plan.checkpoint, pathlib.Path(plan.config.model), force=plan.force)
-    code = run_all(plan.config, plan.workdir, plan.names, force=plan.force)
+    command = shlex.join(["nvit-jax", "prune", *words])
+    code = run_all(plan.config, plan.workdir, plan.names, force=plan.force, command=command)
     if code == 0:
         print(_conclusion(plan, words))
     return code
@@ -97,13 +101,13 @@ def make_plan(words: Sequence[str]) -> Plan:
         raise UserError("say how small: --macs, --latency or --params with the part that stays, such as --macs 0.6")
     if given.batch is not None and given.finetune is None:
         raise UserError("--batch goes with --finetune")
-    workdir, source = pathlib.Path(given.out), pathlib.Path(given.checkpoint)
-    if not source.exists():
-        raise UserError(f"{source}: there is no such file or directory")
+    workdir, source = paths.for_writing(given.out, "--out="), _checkpoint(given.checkpoint)
     for name, folder in (("data", given.data), ("val", given.val)):
-        if folder is not None and not pathlib.Path(folder).is_dir():
-            raise UserError(f"--{name}={folder}: there is no such directory")
-    ready = (source / "model.json").is_file()
+        if folder is not None:
+            paths.directory(folder, f"--{name}=")
+    if given.classes is not None:
+        paths.file(given.classes, "--classes=")
+    ready = source.is_dir()
     config = load_config("checkpoint")
     config.model = str(source if ready else workdir / "model")
     names = _stages(given)
@@ -117,6 +121,20 @@ def make_plan(words: Sequence[str]) -> Plan:
     override(config, overrides)
     check_config(config)
     return Plan(config, workdir, names, None if ready else source, given.force)
+
+
+def _checkpoint(text: str) -> pathlib.Path:
+    """A model directory, or the file of a checkpoint, which may lie in a folder as hubs make them. UserError."""
+    found = paths.kind(text)
+    if found is None:
+        raise UserError(f"{text}: there is no such file or directory")
+    if found != "a directory":
+        return paths.file(text)
+    if (pathlib.Path(text) / "model.json").is_file():
+        return pathlib.Path(text)
+    from nvit_jax.formats.weights import find_weights
+
+    return find_weights(pathlib.Path(text))
 
 
 def _stages(given: argparse.Namespace) -> tuple[str, ...]:
@@ -162,9 +180,10 @@ def _convert(checkpoint: pathlib.Path, directory: pathlib.Path, *, force: bool) 
     """Into a model directory that remembers the file's content: the same one is not converted again. UserError."""
     from nvit_jax.files import fingerprint
     from nvit_jax.formats.convert import convert
+    from nvit_jax.formats.weights import files_of
     from nvit_jax.model.directory import Model, load_model, save_model
 
-    content = fingerprint(checkpoint)
+    content = fingerprint(*files_of(checkpoint))
     if directory.exists() and not force:
         made_from = load_model(directory).info.get("provenance", {})
         if made_from.get("content") != content:
@@ -175,7 +194,8 @@ def _convert(checkpoint: pathlib.Path, directory: pathlib.Path, *, force: bool) 
         print(f"{directory}: converted before")
         return
     try:
-        model, notes = convert(checkpoint)
+        with tidying():
+            model, notes = convert(checkpoint)
     except UserError as error:
         if " --" not in str(error):
             raise
@@ -184,7 +204,8 @@ def _convert(checkpoint: pathlib.Path, directory: pathlib.Path, *, force: bool) 
         raise UserError(f"{checkpoint} is a RegNetY, which can be a teacher; only Vision Transformers are pruned")
     print(*notes, sep="\n")
     provenance = model.info["provenance"] | {"content": content}
-    save_model(directory, dataclasses.replace(model, info=model.info | {"provenance": provenance}))
+    with tidying():
+        save_model(directory, dataclasses.replace(model, info=model.info | {"provenance": provenance}))
 
 
 def _conclusion(plan: Plan, words: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """`nvit-jax run`: the stages of a config, in a workdir."""
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ the others by itself (it does on Cloud TPU, SLURM, Open MPI, Kubernetes), add --
 --process_id=I, and --local_devices=0,1 for a part of a host's devices.
 
 Exit code: 0 done, 2 a mistake (one line says which), 143 stopped by a signal after saving (the same command resumes),
-1 anything else.
+130 interrupted before anything was begun, 1 anything else. With --debug the traceback is printed, too.
 
 examples:
   nvit-jax run --config demo --workdir runs/demo
@@ -57,10 +58,11 @@ def execute(words: Sequence[str]) -> int:
     values, config, names = flags.parse(["nvit-jax", *words])
     if values.distributed:
         flags.join(values)
-    return run_all(config, pathlib.Path(values.workdir), names, force=values.force)
+    command = shlex.join(["nvit-jax", "run", *words])
+    return run_all(config, pathlib.Path(values.workdir), names, force=values.force, command=command)
 
 
-def run_all(config: "ConfigDict", workdir: pathlib.Path, names: tuple[str, ...], *, force: bool) -> int:
+def run_all(config: "ConfigDict", workdir: pathlib.Path, names: tuple[str, ...], *, force: bool, command: str) -> int:
     """The stages, with signals caught: exit code 0, or 143 when one of them came and the work is saved."""
     from nvit_jax.run.runner import run_stages
     from nvit_jax.run.workdir import STOP
@@ -69,7 +71,7 @@ def run_all(config: "ConfigDict", workdir: pathlib.Path, names: tuple[str, ...],
     sys.unraisablehook = _quiet
     with STOP.listen():
         try:
-            run_stages(config, workdir, names, force=force)
+            run_stages(config, workdir, names, force=force, command=command)
         except Stopped as stopped:
             print(f"{stopped}; the same command resumes", file=sys.stderr)
             return 143

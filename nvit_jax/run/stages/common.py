@@ -22,7 +22,7 @@ from nvit_jax.model.regnet import Teacher
 from nvit_jax.parallel import sum_over_processes
 from nvit_jax.run.config import STAGES
 from nvit_jax.run.workdir import StageDir
-from nvit_jax.training.losses import Objective
+from nvit_jax.training.losses import FEATURES, Objective
 
 
 @dataclasses.dataclass
@@ -72,10 +72,7 @@ def dense_dir(run: Run) -> pathlib.Path:
 
 def dense_model(run: Run) -> Model:
     """The model to prune. A masked one is made compact first, so that its masks need no further care."""
-    model = load_model(dense_dir(run))
-    if not model.dims.classes:
-        raise UserError(f"{dense_dir(run)} has no classifier; convert it with --classes N and train it")
-    return model.compact()
+    return load_model(dense_dir(run)).compact()
 
 
 def need(run: Run, name: str) -> StageDir:
@@ -86,26 +83,42 @@ def need(run: Run, name: str) -> StageDir:
     return stage
 
 
-def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None) -> Dataset:
-    """The configured source, checked against the model; preprocessed as a trained model's `info` says."""
+def load_data(run: Run, dims: ViTDims, info: Mapping[str, Any] | None = None, *, fresh: bool = False) -> Dataset:
+    """The configured source with the model's labels, preprocessed as a trained model's `info` says.
+
+    `fresh`: the model is trained for these data, whatever classes it knew before.
+    """
     facts = (info or {}).get("preprocessing")
     preprocessing = None if facts is None else Preprocessing.from_json(facts)
     if preprocessing is None and (run.config.data.name == "folder" or run.config.data.name.startswith("tfds:")):
-        preprocessing = Preprocessing.imagenet(dims.image)
+        preprocessing = Preprocessing.imagenet(dims.image, dims.channels)
     where = run.config.data.to_dict()
     loading = datasets.Loading(
         where.pop("workers"), where.pop("threads"), where.pop("max_bad_fraction"), jax.process_count()
     )
     dataset = datasets.load_dataset(**where, loading=loading, preprocessing=preprocessing)
-    datasets.check_fits(dataset, dims.image, dims.channels, dims.classes)
-    if dataset.overlap:
-        run.stage.say(
-            f"warning: {dataset.overlap} of {len(dataset.split('val'))} evaluation images are calibration images, too: "
-            "accuracies will be too high; --config.data.holdout=0.5 separates them"
-        )
+    names = (info or {}).get("classes") or ()
+    dataset = datasets.for_model(dataset, dims.image, dims.channels, dims.classes, names, fresh=fresh)
+    _check_overlap(run, dataset)
+    for note in dataset.notes:
+        run.stage.say(note)
     if preprocessing is None:
         return dataset
     return dataclasses.replace(dataset, preprocessing=preprocessing)
+
+
+def _check_overlap(run: Run, dataset: Dataset) -> None:
+    """UserError when what is evaluated with is what is trained with; a word about copies."""
+    count = sum(len(split) for name, split in dataset.splits.items() if name != "train")
+    if not dataset.overlap:
+        return
+    what = f"{dataset.overlap} of {count} evaluation images are training images, too"
+    if dataset.overlap > dataset.copies:  # the same files; copies of some are found in good data, too
+        raise UserError(
+            f"config.data: {what}: accuracies would be too high; --config.data.holdout=0.5 instead of data.val "
+            "separates them"
+        )
+    run.stage.say(f"warning: {what}: accuracies will be too high")
 
 
 def count_bad(dataset: Dataset) -> int:
@@ -134,6 +147,7 @@ def keys_of(section: str) -> Any:
         if field.name not in ("dtype", "matmul_precision", "parallel", "seed")
     }
     names |= {"batch / accumulate": f"config.{section}.batch / accumulate"}
+    names |= {"label_weight": f"config.{section}.label_weight"}
     names |= {"evaluate_every": f"config.{section}.eval_every", "loss": f"config.{section}.score.loss"}
     names |= {key: f"config.{key}" for key in ("dtype", "matmul_precision", "parallel", "seed")}
     names |= {f"augment.{field.name}": f"config.augment.{field.name}" for field in dataclasses.fields(Augment)}
@@ -151,8 +165,29 @@ def teacher_of(config: ConfigDict, section: str, dims: ViTDims, preprocessing: P
     directory = config[section].teacher
     if not directory:
         return None
+    if not dims.classes:
+        raise UserError(
+            f"config.{section}.teacher={directory}: a model without a classifier learns no labels; it learns the "
+            "features of the unpruned model"
+        )
     with renamed({"label_teacher": f"{section}.teacher={directory}"}):
         return fit_teacher(load_classifier(directory), dims, preprocessing)
+
+
+def objective_of(config: ConfigDict, section: str, dims: ViTDims) -> Objective:
+    """What pretrain, prune or finetune minimises. Without a classifier it is the distance of the features alone."""
+    s = config[section]
+    if not dims.classes:
+        return FEATURES
+    kl = {} if section == "pretrain" else {"kl_weight": s.kl_weight, "tau": s.tau}
+    return Objective(
+        label_weight=s.label_weight,
+        smoothing=0.0 if section == "prune" else s.smoothing,
+        teacher_alpha=s.teacher_alpha,
+        teacher_tau=s.teacher_tau,
+        kl_per_head=section == "finetune",
+        **kl,
+    )
 
 
 def recipe_of(config: ConfigDict, section: str, objective: Objective, teacher: Teacher | None) -> Recipe:

@@ -6,10 +6,10 @@ from typing import Any
 from nvit_jax.api.evaluate import evaluate
 from nvit_jax.data.datasets import Dataset
 from nvit_jax.errors import renamed
-from nvit_jax.files import read_json, write_json
+from nvit_jax.files import write_json
 from nvit_jax.latency import table as latency
 from nvit_jax.latency import timing
-from nvit_jax.latency.table import Grid, LatencyTable
+from nvit_jax.latency.table import SHARED, Grid, LatencyTable
 from nvit_jax.latency.timing import Time
 from nvit_jax.model.dims import ViTDims, count_macs, count_params
 from nvit_jax.model.directory import Model, load_model
@@ -17,8 +17,10 @@ from nvit_jax.parallel import is_main, wait_for_all
 from nvit_jax.pruning import sparsity
 from nvit_jax.pruning.ranking import group_sizes
 from nvit_jax.run import report
+from nvit_jax.run.records import read, read_optional
 from nvit_jax.run.stages import rules
 from nvit_jax.run.stages.common import Run, count_bad, dense_model, load_data, need
+from nvit_jax.training import measures
 from nvit_jax.training.distill import Stopped
 
 _BATCH = {"batch": "config.latency.batch"}
@@ -33,7 +35,7 @@ def measure_latency(run: Run) -> dict[str, Any]:
         run.stage.say(f"dense {estimate(dims):.3f} ms for {c.latency.batch} images: {estimate.device}, not measured")
         return {"estimated_dense_ms": estimate(dims), "device": estimate.device}
     kept = place / "cells.json"
-    known = read_json(kept) if kept.exists() else {}
+    known = read_optional(kept)
     if known.pop("device", None) != timing.device_name():
         known = {}
     wait_for_all("read cells.json")  # before the main process writes it: all do the same work
@@ -62,12 +64,13 @@ def _table_result(run: Run, values: dict[str, Any], found: LatencyTable) -> dict
     left_out = latency.skipped(values)
     for line in left_out:
         run.stage.say(f"warning: does not fit in memory, estimated from its MACs: {line}")
+    if found.shared:
+        run.stage.say(f"warning: {SHARED}")
     spread = latency.spread([*values["cells"].values(), *values["models"]])
+    error = f", error on models left out {found.leave_one_out:.1%}" if found.leave_one_out is not None else ""
     run.stage.say(
         f"{len(values['cells'])} pieces and {len(values['models'])} models at batch {found.batch} on "
-        f"{found.device}, spread {spread:.1%}, error on models "
-        + (f"left out {found.leave_one_out:.1%}, " if found.leave_one_out is not None else "not measured, ")
-        + f"{run.stage.seconds():.0f} s"
+        f"{found.device}, spread {spread:.1%}{error}, {run.stage.seconds():.0f} s"
     )
     names = ("attention", "mlp_and_rest", "ms_per_block_of_several_heads")
     return {
@@ -100,6 +103,8 @@ def evaluate_models(run: Run) -> dict[str, Any]:
     summary = {name: _row(run, model, known[name], times[name].ms) for name, model in found.items()}
     write_json(run.workdir / "summary.json", summary)
     last = list(found)[-1]
+    if not found["dense"].dims.classes and "knn" not in summary["dense"]:
+        run.stage.say("images without labels: no accuracy of nearest neighbours")
     run.stage.say(f"{summary['dense']['images']} {c.eval.split} images, {run.stage.seconds():.0f} s")
     if is_main():
         print(report.text_table(summary, {name: time.spread for name, time in times.items()}))
@@ -129,13 +134,15 @@ def _models(run: Run) -> tuple[dict[str, Model], dict[str, str]]:
 def _score(run: Run, found: dict[str, Model], ids: dict[str, str], dataset: Dataset) -> dict[str, Any]:
     """Accuracies by name. What is scored is kept at once, so that a stopped evaluation loses none."""
     c, path = run.config, run.stage.path / "scores.json"
-    known = read_json(path) if path.exists() else {}
-    with renamed({"batch": "config.eval.batch", "parallel": "config.parallel"}):
+    known = read_optional(path)
+    names = {"batch": "config.eval.batch", "parallel": "config.parallel", "neighbours": "config.eval.neighbours"}
+    with renamed(names):
         for name, model in found.items():
             if known.get(name, {}).get("id") != ids[name]:
                 scores = evaluate(
                     model,
                     dataset.split(c.eval.split),
+                    **({} if model.dims.classes else _comparison(run, found["dense"], dataset)),
                     batch=c.eval.batch,
                     dtype=c.dtype,
                     parallel=c.parallel,
@@ -146,12 +153,21 @@ def _score(run: Run, found: dict[str, Model], ids: dict[str, str], dataset: Data
     return known
 
 
+def _comparison(run: Run, dense: Model, dataset: Dataset) -> dict[str, Any]:
+    """What the features of a model without a classifier are judged by."""
+    c = run.config.eval
+    database = None
+    if c.split != "train" and "train" in dataset.splits:
+        database = dataset.split("train").some(c.database)
+    return {"reference": dense, "database": database, "neighbours": c.neighbours}
+
+
 def _times(run: Run, dims: dict[str, ViTDims]) -> dict[str, Time]:
     """Latencies by name: those that the prune stage measured on this device in this way, else all anew, in turns."""
     how = rules.measurement(run.config)
     path = run.workdir / "prune" / "latency.json"
     if run.other("prune").done() and path.exists():
-        known = read_json(path)
+        known = read(path)
         if (known["device"], known["how"]) == (timing.device_name(), dataclasses.asdict(how)):
             by_dims = {ViTDims.from_json(m["dims"]): Time(m["ms"], m["spread"]) for m in known["models"].values()}
             if all(one in by_dims for one in dims.values()):
@@ -162,9 +178,8 @@ def _times(run: Run, dims: dict[str, ViTDims]) -> dict[str, Time]:
 
 def _row(run: Run, model: Model, scores: dict[str, Any], ms: float) -> dict[str, Any]:
     """One model's R of summary.json."""
-    row = {
-        "top1": scores["top1"],
-        "top5": scores["top5"],
+    row = {key: scores[key] for key in measures.KEYS if key in scores}
+    row |= {
         "params": count_params(model.dims),
         "macs": count_macs(model.dims),
         "latency_ms": ms,

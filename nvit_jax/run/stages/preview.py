@@ -24,7 +24,8 @@ def preview_augmentation(run: Run) -> dict[str, Any]:
     with keys_of("pretrain"):
         views_of = augment.pixels(pre)
     plain, labels = split.read()
-    names = [dataset.classes[label] for label in labels]
+    known = split.labels.names
+    names = [known[label] if 0 <= label < len(known) else "an image" for label in labels]
     pixels = views_of or split.pixels
     views = [
         [pixels(split.source.read(i)[0], np.random.default_rng((c.seed, i, view))) for view in range(_VIEWS)]

@@ -9,8 +9,9 @@ import numpy as np
 
 from nvit_jax.api.prune import prune
 from nvit_jax.api.pruner import Pruned, cut
+from nvit_jax.api.recipe import Recipe
 from nvit_jax.data.datasets import Dataset
-from nvit_jax.files import read_json, saving, write_json
+from nvit_jax.files import saving, write_json
 from nvit_jax.latency import timing
 from nvit_jax.latency.sources import Latency, of_another_device, source
 from nvit_jax.latency.timing import Measurement
@@ -21,6 +22,7 @@ from nvit_jax.parallel import is_main
 from nvit_jax.pruning import ranking
 from nvit_jax.pruning.loop import Pruning
 from nvit_jax.pruning.one_shot import CHECKED
+from nvit_jax.run.records import read
 from nvit_jax.run.stages import rules
 from nvit_jax.run.stages.common import (
     Run,
@@ -29,10 +31,10 @@ from nvit_jax.run.stages.common import (
     dense_model,
     load_data,
     model_info,
+    objective_of,
     recipe_of,
     teacher_of,
 )
-from nvit_jax.training.losses import Objective
 
 
 def prune_model(run: Run) -> dict[str, Any]:
@@ -51,11 +53,11 @@ def prune_model(run: Run) -> dict[str, Any]:
             **dataclasses.asdict(limits),
             criterion=rules.scoring(p),
             method=rules.plan(p),
-            rule=rules.choice(p),
+            rule=rules.choice(p, dense.dims),
             compensate=p.compensate,
             snapshots=tuple(p.snapshots) if p.mode == "one_shot" else (),
             latency_table=predict,
-            training=recipe_of(c, "prune", _objective(run), teacher_of(c, "prune", dense.dims, dataset.preprocessing)),
+            training=_recipe(run, dense.dims, dataset),
             evaluate_on=dataset.split("val").some(p.eval_images),
             measure=how,
             progress=stage,
@@ -69,21 +71,15 @@ def prune_model(run: Run) -> dict[str, Any]:
     return _result(run, found, dataset, predict)
 
 
-def _objective(run: Run) -> Objective:
-    p = run.config.prune
-    return Objective(
-        label_weight=p.label_weight,
-        kl_weight=p.kl_weight,
-        tau=p.tau,
-        teacher_alpha=p.teacher_alpha,
-        teacher_tau=p.teacher_tau,
-    )
+def _recipe(run: Run, dims: ViTDims, dataset: Dataset) -> Recipe:
+    teacher = teacher_of(run.config, "prune", dims, dataset.preprocessing)
+    return recipe_of(run.config, "prune", objective_of(run.config, "prune", dims), teacher)
 
 
 def _measured(run: Run) -> bool:
     """Whether the latency stage has timed the dense model."""
     latency = run.other("latency")
-    return latency.done() and read_json(latency.path / "metrics.json").get("dense_latency_ms") is not None
+    return latency.done() and read(latency.path / "metrics.json").get("dense_latency_ms") is not None
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -190,7 +186,8 @@ def _result(run: Run, found: Pruned, dataset: Dataset, predict: Latency | None) 
     predicted = f"predicted x{r['predicted_latency_ratio']:.3f}{other}, " if predict else ""
     stage.say(
         f"{r['criterion']}: asked {asked}; MACs x{r['macs_ratio']:.3f}, params x{r['params_ratio']:.3f}, latency "
-        f"{predicted}measured x{r['latency_ratio']:.3f}, {r['prunings']} prunings, {stage.seconds():.0f} s"
+        f"{predicted}measured x{r['latency_ratio']:.3f}, {r['prunings']} pruning{'s' * (r['prunings'] != 1)}, "
+        f"{stage.seconds():.0f} s"
     )
     for ratio in p.snapshots:
         if not (stage.path / "snapshots" / str(ratio)).exists():

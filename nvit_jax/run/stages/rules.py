@@ -35,7 +35,7 @@ def prune_keys() -> Iterator[None]:
         key: f"config.prune.{key}"
         for key in ("criterion", "rule", "compensate", "snapshots", "profile", "kinds", "floors", "align", "eta")
     }
-    names |= {key: f"config.prune.{key}" for key in ("interval", "steps", "groups_per_step")}
+    names |= {key: f"config.prune.{key}" for key in ("interval", "steps", "groups_per_step", "plain_first")}
     with keys_of("prune"), renamed(names):
         yield
 
@@ -60,7 +60,7 @@ def limits(p: ConfigDict, *, latency: bool) -> Limits:
     return found
 
 
-def choice(p: ConfigDict) -> Choice:
+def choice(p: ConfigDict, dims: ViTDims) -> Choice:
     """Which units may go, in which groups, by which rule."""
     return Choice(
         rule=p.rule,
@@ -70,7 +70,7 @@ def choice(p: ConfigDict) -> Choice:
         floors=dict(p.floors),
         align=p.align,
         eta=p.eta,
-    ).usual(criterion(p))
+    ).usual(criterion(p), dims)
 
 
 def criterion(p: ConfigDict) -> str:

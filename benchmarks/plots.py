@@ -1,0 +1,60 @@
+"""The picture of a result: a bar for each thing that was timed, or lines where something grows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def draw(name: str, keys: Sequence[str], rows: Sequence[Row], path: Path) -> None:
+    """Write a PNG; nothing where no row has a number to show."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    found = _growth(figure, rows) if name == "growth" else _bars(figure, keys, rows)
+    if found:
+        figure.savefig(path, dpi=100)
+
+
+def _bars(figure: Any, keys: Sequence[str], rows: Sequence[Row]) -> bool:
+    """Milliseconds (or GiB) on a logarithmic axis, in the order of the rows; of inference one bar for each rival."""
+    bars = []
+    for row in rows:
+        label = " ".join(str(row[key]) for key in keys if row.get(key) not in ("", None))
+        for who, times in row.get("times", {}).items():
+            bars.append((f"{label} {who}", times["ms"]))
+        if "ms" in row:
+            bars.append((label, row["ms"]))
+        if "total" in row:
+            bars.append((label, row["total"] / 2**30))
+    if not bars:
+        return False
+    figure.set_size_inches(9, 1 + 0.2 * len(bars))
+    axes = figure.subplots()
+    axes.barh([label for label, _ in bars], [value for _, value in bars])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("GiB" if "total" in rows[0] else "milliseconds")
+    return True
+
+
+def _growth(figure: Any, rows: Sequence[Row]) -> bool:
+    """Time and memory against size, one picture for each axis, relative to the smallest size."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if "ms" in row:
+            lines.setdefault(row["axis"], []).append(row)
+    if not lines:
+        return False
+    figure.set_size_inches(3.2 * len(lines), 3)
+    for axes, (axis, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+        found = sorted(found, key=lambda row: row["size"])
+        sizes = [row["size"] / found[0]["size"] for row in found]
+        for what in ("ms", "temporaries"):
+            if what in found[0]:
+                axes.loglog(sizes, [row[what] / found[0][what] for row in found], marker="o", label=what)
+        axes.loglog(sizes, sizes, color="grey", linestyle=":", label="linear")
+        axes.set_xlabel(f"{axis}, {found[0]['size']} = 1")
+        axes.legend()
+    return True
