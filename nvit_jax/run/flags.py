@@ -31,6 +31,7 @@ def parse(argv: list[str]) -> tuple[Any, ConfigDict, tuple[str, ...]]:
         words = values.read_flags_from_files(argv[1:], force_gnu=False)
     except flags.Error as error:
         raise UserError(_said(error)) from error
+    _check_given(words, values)
     text, words = _take_config(words)
     _check_names(words, values)
     if text is None:
@@ -101,6 +102,17 @@ def _flagfiles(words: Sequence[str]) -> Iterator[str]:
     for word, following in itertools.pairwise((*words, "")):
         if match := re.fullmatch(r"--?flagfile(?:=(.*))?", word):
             yield following if match[1] is None else match[1]
+
+
+def _check_given(words: Sequence[str], values: flags.FlagValues) -> None:
+    """UserError for an option whose value was forgotten: absl would take the next option for it."""
+    switches = {name for name in values if values[name].boolean}
+    switches |= {f"config.{key}" for key, value in flatten_config(default_config()).items() if isinstance(value, bool)}
+    for word, following in itertools.pairwise(words):
+        name = word.lstrip("-")
+        valued = name == "config" or name.startswith("config.") or name in values
+        if word.startswith("-") and following.startswith("--") and valued and name not in switches:
+            raise UserError(f"{word}: its value is missing; {following} comes next")
 
 
 def _take_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
