@@ -111,7 +111,8 @@ def _check_given(words: Sequence[str], values: flags.FlagValues) -> None:
     for word, following in itertools.pairwise(words):
         name = word.lstrip("-")
         valued = name == "config" or name.startswith("config.") or name in values
-        if word.startswith("-") and following.startswith("--") and valued and name not in switches:
+        forgotten = word.startswith("-") and "=" not in word and following.startswith("--")
+        if forgotten and valued and name not in switches:
             raise UserError(f"{word}: its value is missing; {following} comes next")
 
 
