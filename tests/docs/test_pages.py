@@ -266,8 +266,8 @@ def test_every_page_is_prepared():
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [("rotation", "table"), ("recovery", "table"), ("budgets", "sizes_table"), ("features", "result_table"),
-     ("features", "choice_table")],
+    [("rotation", "table"), ("recovery", "table"), ("budgets", "sizes_table"), ("budgets", "steps_table"),
+     ("features", "result_table"), ("features", "choice_table")],
 )  # fmt: skip
 def test_an_ablation_is_what_was_run(name, table):
     found = read_json(ROOT / "benchmarks" / "results" / f"{name}.json")
