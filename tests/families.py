@@ -51,6 +51,7 @@ FAMILIES = (
     Family("timm's CLIP", f"{TOWERS}::test_timm[clip_quickgelu]", "clip", ""),
     Family("Hugging Face SigLIP", f"{TOWERS}::test_hugging_face_towers[siglip]", "siglip", ""),
     Family("its classifier", f"{TOWERS}::test_hugging_face_towers[siglip_classifier]", "mean_pool", "timm"),
+    Family("SigLIP 2 NaFlex, squares", f"{TOWERS}::test_hugging_face_towers[siglip2]", "siglip", ""),
     Family("timm's SigLIP", f"{TOWERS}::test_timm[siglip_tanh]", "siglip", ""),
     Family("attention pooling", f"{TOWERS}::test_timm[map_of_all]", "map", ""),
     Family("pooling by the largest", f"{TOWERS}::test_timm[max]", "max", "timm"),

@@ -315,11 +315,13 @@ def _hugging_face(config: Facts, kind: str | None) -> Said:
     )
 
 
+_SIGLIP_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _TOWER_DEFAULTS = {  # of the classes
     "clip_vision_model": {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "siglip_vision_model": {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "siglip_vision_model": _SIGLIP_DEFAULTS,
+    "siglip2_vision_model": _SIGLIP_DEFAULTS,
 }
-_TOWER_READ = {"projection_dim", "vision_use_head"}
+_TOWER_READ = {"projection_dim", "vision_use_head", "num_patches"}
 _TOWER_HARMLESS = {"attention_dropout", "dropout", "initializer_factor"}
 _BOTH_HALVES = {"text_config", "vision_config", "text_config_dict", "vision_config_dict", "projection_dim"}
 _BOTH_HARMLESS = {"logit_scale_init_value", "initializer_factor", "initializer_range"}
@@ -334,16 +336,19 @@ def _tower(config: Facts, kind: str) -> Said:
             "built; CLIPModel and its image towers are"
         )
     whole = config
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         check_known(config, _BOTH_HALVES | _BOTH_HARMLESS | _HF_GENERIC, _HF_MUST_BE)
         inner = dict(config.inner("vision_config").values) | dict(config.inner("vision_config_dict").values)
         config = Facts(inner, f"{config.where}: vision_config")
     known = _HF_READ | _HF_HARMLESS | _HF_GENERIC | _TOWER_READ | _TOWER_HARMLESS
     check_known(config, known, _HF_MUST_BE)
     said = _hugging_face(Facts(_TOWER_DEFAULTS[TOWERS[kind]] | dict(config.values), config.where), kind)
-    no_head = config.get("vision_use_head", bool) is False
-    note = f"{config.where}: vision_use_head=False gives out tokens; the mean of them is taken here"
-    return said._replace(classes=_class_names(whole), notes=(note,) if no_head else ())
+    notes = []
+    if config.get("vision_use_head", bool) is False:
+        notes.append(f"{config.where}: vision_use_head=False gives out tokens; the mean of them is taken here")
+    if TOWERS[kind] == "siglip2_vision_model":
+        notes.append(f"{config.where}: a model for images of any shape (NaFlex) is taken for squares of its own grid")
+    return said._replace(classes=_class_names(whole), notes=tuple(notes))
 
 
 _DINOV2_TYPES = ("dinov2", "dinov2_with_registers")

@@ -111,4 +111,5 @@ HUGGING_FACE_TYPES = (
 TOWERS = {
     **dict.fromkeys(("clip", "clip_vision_model"), "clip_vision_model"),
     **dict.fromkeys(("siglip", "siglip_vision_model"), "siglip_vision_model"),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), "siglip2_vision_model"),  # NaFlex; others say siglip
 }

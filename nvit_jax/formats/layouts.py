@@ -247,11 +247,21 @@ def _registered(layout: Layout) -> Layout:
 
 HUGGING_FACE_DINOV2 = (_registered(_HF_DINOV2), _HF_DINOV2, _registered(_HF_DINOV2_5), _HF_DINOV2_5)
 
+
+def _patches(x: np.ndarray) -> Arrays:
+    """A convolution over patches; a matrix or 1x1 convolution over their pixels (p1 p2 c) becomes one."""
+    if x.ndim == 4 and x.shape[2:] != (1, 1):
+        return (x,)
+    patch = round((x.shape[1] / 3) ** 0.5)
+    return (x.reshape(len(x), patch, patch, 3).transpose(0, 3, 1, 2),)
+
+
 _TOWER = "encoder.layers.{i}."
 _TOWER_RULES = (
     Rule(("embeddings.class_embedding",), ("cls_token",), lambda x: (x[None, None],)),
     Rule(("embeddings.position_embedding.weight",), ("pos_embed",), lambda x: (x[None],)),
-    *_both("embeddings.patch_embedding", "patch_embed.proj"),
+    Rule(("embeddings.patch_embedding.weight",), ("patch_embed.proj.weight",), _patches),
+    Rule(("embeddings.patch_embedding.bias",), ("patch_embed.proj.bias",)),
     *_both("pre_layrnorm", "norm_pre"),
     *_both(_TOWER + "layer_norm1", _BLOCK + "norm1"),
     *(
@@ -425,6 +435,11 @@ def _flax_norm(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
+def _flax_patches(x: np.ndarray) -> Arrays:
+    """[rows, columns, C, D], or of NaFlex [(rows columns C), D], -> [D, C, rows, columns]."""
+    return (x.transpose(3, 2, 0, 1),) if x.ndim == 4 else _patches(x.T)
+
+
 def _flax_matrix(x: np.ndarray) -> Arrays:
     """[D, H, Q] -> [H * Q, D]."""
     return (x.reshape(len(x), -1).T,)
@@ -481,8 +496,8 @@ def _flax(blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return (
         *_rename(cls_token="cls"),
         Rule(("Transformer/posembed_input/pos_embedding",), ("pos_embed",)),
-        Rule(("pos_embedding",), ("pos_embed",)),
-        Rule(("embedding/kernel",), ("patch_embed.proj.weight",), lambda x: (x.transpose(3, 2, 0, 1),)),
+        Rule(("pos_embedding",), ("pos_embed",), lambda x: (x.reshape(1, -1, x.shape[-1]),)),  # [rows, columns, D], too
+        Rule(("embedding/kernel",), ("patch_embed.proj.weight",), _flax_patches),
         Rule(("embedding/bias",), ("patch_embed.proj.bias",)),
         *blocks,
         *_flax_norm("Transformer/encoder_norm", "norm"),
@@ -514,12 +529,6 @@ BIG_VISION = VISION_TRANSFORMER._replace(
 )
 
 
-def _nvit_patches(x: np.ndarray) -> Arrays:
-    """A 1x1 convolution over pixels in the order (p1 p2 c), as a convolution over patches."""
-    patch = round((x.shape[1] / 3) ** 0.5)
-    return (x.reshape(len(x), patch, patch, 3).transpose(0, 3, 1, 2),)
-
-
 def _nvit_rows(*parts: np.ndarray) -> Arrays:
     """Q, K, V of [q, e, h], each times its head's mask [h, 1] -> rows (h q)."""
     mask = parts[-1][:, 0]
@@ -532,7 +541,7 @@ def _nvit_biases(*parts: np.ndarray) -> Arrays:
 
 def _nvit(attention: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return (
-        Rule(("patch_embed.proj.weight",), ("patch_embed.proj.weight",), _nvit_patches),
+        Rule(("patch_embed.proj.weight",), ("patch_embed.proj.weight",), _patches),
         *attention,
         *(rule for rule in _TIMM if "qkv" not in rule.sources[0]),
     )

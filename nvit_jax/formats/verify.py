@@ -137,25 +137,40 @@ def _hugging_face(path: pathlib.Path, dims: ViTDims) -> _Theirs:
     model, first = model.eval().float(), dims.prefix if dims.mean_over == "patches" else 0
 
     def run(images: Any) -> Any:
+        given = _naflex(images, dims) if name.startswith("Siglip2") else {"pixel_values": images}
         if classifies:
-            return model(images).logits
+            return model(**given).logits
         if name in _FEATURES:
-            return _FEATURES[name](model, images)
-        x = model(images).last_hidden_state
+            return _FEATURES[name](model, given)
+        x = model(**given).last_hidden_state
         return x[:, first:].mean(1) if dims.pool == "mean" else x[:, 0]
 
     return _Theirs(run, f"that is transformers' {type(model).__name__}, from its config.json")
 
 
-def _image_features(model: Any, images: Any) -> Any:
-    found = model.get_image_features(pixel_values=images)
+def _naflex(images: Any, dims: ViTDims) -> dict[str, Any]:
+    """What SigLIP 2's NaFlex takes: patches with their pixels in the order (p1 p2 c), all of them there."""
+    import torch
+
+    (rows, columns), (high, wide) = dims.grid, sides(dims.patch)
+    patches = images.unfold(2, high, high).unfold(3, wide, wide).permute(0, 2, 3, 4, 5, 1)  # [B, R, C, p1, p2, 3]
+    patches = patches.reshape(len(images), rows * columns, -1)
+    there, shape = torch.ones(patches.shape[:2], dtype=torch.int64), torch.tensor([[rows, columns]] * len(images))
+    return {"pixel_values": patches, "pixel_attention_mask": there, "spatial_shapes": shape}
+
+
+def _image_features(model: Any, given: Mapping[str, Any]) -> Any:
+    found = model.get_image_features(**given)
     return getattr(found, "pooler_output", found)  # transformers 4 gives the features alone
 
 
-_FEATURES: dict[str, Callable[[Any, Any], Any]] = {  # what towers of images give out
-    **dict.fromkeys(("CLIPVisionModel", "SiglipVisionModel"), lambda model, images: model(images).pooler_output),
-    **dict.fromkeys(("CLIPModel", "SiglipModel"), _image_features),
-    "CLIPVisionModelWithProjection": lambda model, images: model(images).image_embeds,
+_FEATURES: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {  # what towers of images give out
+    **dict.fromkeys(
+        ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel"),
+        lambda model, given: model(**given).pooler_output,
+    ),
+    **dict.fromkeys(("CLIPModel", "SiglipModel", "Siglip2Model"), _image_features),
+    "CLIPVisionModelWithProjection": lambda model, given: model(**given).image_embeds,
 }
 
 

@@ -330,7 +330,15 @@ SIGLIP_BESIDE = {  # of a training file of SigLIP: the half for texts, the loss,
     "opt/0/0/mu/img/embedding/kernel": np.ones((4, 4, 3, 24)),
     "chrono/accum_train_time": np.ones(()),
 }
-NPZ_KINDS = ("vision_transformer", "big_vision", "big_vision_scan", "big_vision_gap_sincos", "siglip", "siglip_scan")
+NPZ_KINDS = (
+    "vision_transformer",
+    "big_vision",
+    "big_vision_scan",
+    "big_vision_gap_sincos",
+    "siglip",
+    "siglip_scan",
+    "siglip_naflex",
+)
 
 
 @pytest.mark.parametrize("kind", NPZ_KINDS)
@@ -390,6 +398,9 @@ def test_npz(kind, tmp_path, x64):
     expected = np.asarray(net.apply({"params": jax.tree.map(lambda p: p.astype(np.float64), params)}, images))
     state = dict(flatten(params))
     state = stacked(state) if kind.endswith("scan") else state
+    if kind.endswith("naflex"):  # patches are a matrix, positions a grid
+        state["embedding/kernel"] = state["embedding/kernel"].reshape(-1, 24)
+        state["pos_embedding"] = state["pos_embedding"].reshape(4, 4, 24)
     prefix = "" if kind == "vision_transformer" else "params/img/" if siglip else "params/"
     np.savez(tmp_path / "w.npz", **{prefix + n: v for n, v in state.items()}, **(SIGLIP_BESIDE if siglip else {}))
     found = convert(tmp_path / "w.npz", dtype=np.float64)

@@ -2,10 +2,12 @@
 
 import json
 
+import einops
 import jax
 import numpy as np
 import pytest
 import sources
+import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from sources import numpy_state, randomise, run_torch
@@ -36,6 +38,25 @@ def clip_module(kind):
     return transformers.CLIPModel(config), "vision_model.encoder", "features", wanted
 
 
+def naflex(images):
+    """What NaFlex's models take."""
+    patches = einops.rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4)
+    shapes = torch.full((len(images), 2), 4)
+    return {"pixel_values": patches, "pixel_attention_mask": torch.ones(patches.shape[:2]), "spatial_shapes": shapes}
+
+
+def siglip2_module(kind):
+    vision = {name: value for name, value in VISION.items() if name != "image_size"} | {"num_patches": 16}
+    if kind == "siglip2":
+        module = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**vision))
+        return module, "encoder", "pooler_output", MAP | {"activation": "gelu_tanh", "image": 16}
+    config = transformers.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=7)
+    if kind == "siglip2_classifier":
+        module = transformers.Siglip2ForImageClassification(config)
+        return module, "vision_model.encoder", "logits", {"pool": "mean", "classes": 7, "image": 16}
+    return transformers.Siglip2Model(config), "vision_model.encoder", "features", MAP
+
+
 def siglip_module(kind):
     if kind == "siglip":
         config = transformers.SiglipVisionConfig(**VISION)
@@ -50,6 +71,7 @@ def siglip_module(kind):
 HF = {
     **dict.fromkeys(("clip", "clip_with_projection", "clip_whole"), clip_module),
     **dict.fromkeys(("siglip", "siglip_whole", "siglip_classifier"), siglip_module),
+    **dict.fromkeys(("siglip2", "siglip2_whole", "siglip2_classifier"), siglip2_module),
 }
 
 
@@ -73,9 +95,9 @@ def test_hugging_face_towers(kind, tower):
     def pick(found):
         return getattr(found, "pooler_output" if out == "features" else out)
 
-    forward = module.get_image_features if out == "features" else None
-    if forward is not None:
-        module.forward = lambda images: forward(pixel_values=images)
+    forward = module.get_image_features if out == "features" else module.forward
+    given = naflex if kind.startswith("siglip2") else lambda images: {"pixel_values": images}
+    module.forward = lambda images: forward(**given(images))
     model = check(
         folder / "model.safetensors",
         lambda dtype: run_torch(module, lambda m: m.get_submodule(f"{blocks}.layers"), IMAGES, dtype, pick),
@@ -88,6 +110,7 @@ def test_hugging_face_towers(kind, tower):
     said = []
     convert_checkpoint(folder, folder / "model", verify=True, say=said.append)
     assert f"that is transformers' {type(module).__name__}, from its config.json" in said[-1], said
+    assert any("of any shape (NaFlex) is taken for squares" in line for line in said) == kind.startswith("siglip2")
 
 
 def test_names_of_transformers_4_and_no_config(tower):
@@ -188,7 +211,7 @@ def test_rectangles(library, tmp_path):
         ({"vision_config": VISION | {"num_attention_heads": 5}}, "are not 5 heads"),
         ({"vision_config": VISION | {"rope_theta": 100.0}}, "vision_config: rope_theta=100.0 is a setting"),
         ({"vision_config": [1]}, "vision_config=[1] is not an object"),
-        ({"model_type": "siglip2"}, "model_type='siglip2' is not a plain Vision Transformer"),
+        ({"model_type": "siglip3"}, "model_type='siglip3' is not a plain Vision Transformer"),
     ],
 )
 def test_what_a_tower_states_and_is_not_built(change, words, tower):
