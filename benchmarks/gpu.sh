@@ -63,7 +63,7 @@ bench inference 110 --models deit_base --batch 256 --dtypes bfloat16 --pruned nv
 bench training 110 --models deit_base --batch 128 --dtype bfloat16 \
   --steps pretrain finetune prune "prune, taylor collected" "score fisher" "score taylor" \
   -- --steps pretrain finetune prune "prune, taylor collected" --batch 4 --rounds 1 --against "PyTorch eager"
-bench scores 90 --model deit_base --images 2048 --batch 64 --ours fisher "fisher, no remat" \
+bench scores 90 --model deit_base --images 2048 --batch 64 --ours fisher "fisher, remat" \
   -- --images 8 --batch 4 --ours fisher
 bench inference 70 --models deit_base --batch 256 --dtypes bfloat16 --predict 0.54 \
   -- --predict 0.6 --batch 2 --rounds 1

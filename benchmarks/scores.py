@@ -19,9 +19,9 @@ from nvit_jax.pruning.scoring import Scoring
 
 OURS = {
     "fisher": Scoring(criterion="fisher"),
-    "fisher, no remat": Scoring(criterion="fisher", remat=False),
+    "fisher, remat": Scoring(criterion="fisher", remat=True),
     "taylor": Scoring(criterion="taylor"),
-    "taylor, no remat": Scoring(criterion="taylor", remat=False),
+    "taylor, remat": Scoring(criterion="taylor", remat=True),
     "gradient": Scoring(criterion="fisher", loss="labels"),
     "hvp, 1 probe": Scoring(criterion="hvp", scheme="all", probes=1),
     "hvp, 3 probes": Scoring(criterion="hvp", scheme="all", probes=3),

@@ -11,6 +11,7 @@ Random draws use keys folded from batch["index"], the place in the global batch,
 
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,14 @@ _SMALL = 2**14  # numbers; smaller arrays stay whole on every device
 def is_main() -> bool:
     """The process that writes the files."""
     return jax.process_index() == 0
+
+
+def device_bytes() -> int:
+    """Memory of this process's first device; a CPU's is the machine's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def wait_for_all(name: str) -> None:

@@ -41,7 +41,10 @@ def keep_memory() -> None:
 
     By default glibc hands large buffers back to the kernel, which clears new pages for every call of a program: on 2
     cores a quarter of DeiT-T's time, and far from smooth in the widths. Servers do the same by another allocator, or by
-    MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
+    MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
+
+    What is kept lies in pieces: a process can take three times its largest buffer. So buffers larger than an eighth of
+    the memory, or than 2 GiB, are still handed back.
     """
     devices = pathlib.Path("/dev")
     accelerator = any(devices.glob("nvidia[0-9]*")) or any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
@@ -49,7 +52,9 @@ def keep_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for option, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
+        most = 2**31 - 1  # what mallopt takes
+        largest = min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+        for option, value in ((-8, 1), (-3, largest), (-1, most)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
             libc.mallopt(option, value)
 
 

@@ -310,12 +310,12 @@ def forward(
     Args:
       params: the per-block layout of `init`; compact (possibly ragged) widths as in `dims`.
       masks: gates over the padded widths, or None. With a leading batch axis ([B, D], [L, B, H], ...) they are
-        per sample. A masked model, and a uniform one, runs its blocks under one scan; a ragged compact one does not.
+        per sample.
       keys: one random key per example [B] for dropout and stochastic depth; None means evaluation.
       dtype: compute type (parameters keep theirs); None computes in the parameters' type.
       drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
       remat: recompute the blocks in the backward pass.
-      unroll: never scan.
+      unroll: never run the blocks under a scan (see `_scans`).
 
     Raises UserError for images, parameters and masks of other shapes.
     """
@@ -323,11 +323,31 @@ def forward(
     check_params(params, dims, padded=True)
     if masks is not None:
         check_masks(masks, dims, len(images))
-    scan = not unroll and (masks is not None or dims.is_uniform)
+    scan = not unroll and _scans(dims, masks is not None, remat)
     module = ViT(
         dims.padded() if scan else dims, scan=scan, remat=remat, dtype=dtype, drop_path=drop_path, dropout=dropout
     )
     return module.apply({"params": stack_blocks(params) if scan else params}, images, masks, keys)  # type: ignore[return-value]
+
+
+def _scans(dims: ViTDims, masked: bool, remat: bool) -> bool:
+    """Whether the blocks run under one scan: one is compiled for all.
+
+    Blocks of different widths can when they are masked, which pads them. A CPU compiles blocks one by one as fast, and
+    runs their gradient faster: under a scan, all that the backward pass needs is copied to arrays of all blocks. There
+    `remat` alone scans, since XLA for CPUs joins what unrolled blocks compute again with what they have computed.
+    """
+    if not dims.is_uniform:
+        return masked
+    return remat or jax.default_backend() != "cpu"
+
+
+def kept_bytes(dims: ViTDims) -> int:
+    """Of one image, about: what a backward pass in float32 keeps of the blocks without `remat`."""
+    d = dims.padded()
+    heads, qk, v, mlp = d.heads[0], d.qk[0], d.v[0], d.mlp[0] * (2 if d.gated else 1)
+    token = 6 * d.embed + heads * (2 * qk + 2 * v + d.tokens) + 3 * mlp
+    return 4 * d.depth * d.tokens * token
 
 
 def without_classifier(dims: ViTDims, params: Params) -> tuple[ViTDims, Params]:

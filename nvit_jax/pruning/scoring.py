@@ -13,7 +13,7 @@ from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
-from nvit_jax.parallel import fetch
+from nvit_jax.parallel import device_bytes, fetch
 from nvit_jax.pruning import saliency
 from nvit_jax.schema import Flag, Maybe, Shape, check_fields, whole
 from nvit_jax.training import optim
@@ -31,7 +31,8 @@ _USUAL = {"hvp": "kl", "obd": "kl", "hvp_joint": "kl", "fisher": "drawn", **dict
 _SHAPES: dict[str, Shape] = {
     **dict.fromkeys(("batch", "batches"), Maybe(whole())),
     **dict.fromkeys(("chunk", "probes"), whole()),
-    **dict.fromkeys(("remat", "from_training"), Flag()),
+    "remat": Maybe(Flag()),
+    "from_training": Flag(),
 }
 
 
@@ -54,7 +55,7 @@ class Scoring:
     chunk: int = 16  # units that are probed together by "chunk"
     probes: int = 1  # per example and confinement
     align: str = "per_head"  # taylor: or "shared", one query/key and value index for all heads of a block (NViT)
-    remat: bool = True  # compute blocks again in the backward pass: far less memory, about a third slower
+    remat: bool | None = None  # compute blocks again in the backward pass; None: where memory asks for it
     from_training: bool = False  # taylor: from the gradients of the training steps since the last pruning (NViT)
 
     def __post_init__(self) -> None:
@@ -145,7 +146,8 @@ def make_score_step(
     forward = vit.features if name == "features" else vit.forward
 
     def loss(params: Params, masks: Units, batch: Batch) -> jax.Array:
-        out = forward(dims, params, batch["image"], masks, remat=scoring.remat)
+        remat = _asks_for_remat(dims, len(batch["image"])) if scoring.remat is None else scoring.remat
+        out = forward(dims, params, batch["image"], masks, remat=remat)
         if "direction" in batch:
             return (batch["direction"] * out).sum((1, 2))
         return objective_loss(objective, out, batch)[0]
@@ -166,6 +168,15 @@ def make_score_step(
             return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), mean=mean)
 
     return step
+
+
+def _asks_for_remat(dims: ViTDims, images: int) -> bool:
+    """Whether a backward pass would keep more than a quarter of a device's memory.
+
+    Derivatives of it take as much again. Several processes must compile one program, and may have unlike devices:
+    there always.
+    """
+    return jax.process_count() > 1 or vit.kept_bytes(dims) * images > device_bytes() / 4
 
 
 def from_training(state: TrainState, steps: int) -> Units:

@@ -121,7 +121,7 @@ def default_config() -> ConfigDict:
     score.scheme = "chunk"  # hvp, obd: probes confined to all, kind, block, part (kind in a block), chunk, unit (exact)
     score.chunk = 16  # units that are probed together by "chunk"
     score.probes = 1  # hvp, obd: probes per example and confinement
-    score.remat = True  # recompute blocks in the backward pass: far less memory, about a third slower
+    score.remat = placeholder(bool)  # recompute blocks in the backward pass; None: where memory asks for it
     # per_cost: score / saving; solve: the least score for the target (pruning/allocation.py); eta: score - eta * ms
     # saved; nvit: the released engine's, eta per second (pruning/released.py)
     prune.rule = placeholder(str)
