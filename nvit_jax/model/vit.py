@@ -333,13 +333,14 @@ def forward(
 def _scans(dims: ViTDims, masked: bool, remat: bool) -> bool:
     """Whether the blocks run under one scan: one is compiled for all.
 
-    Blocks of different widths can when they are masked, which pads them. A CPU compiles blocks one by one as fast, and
-    runs their gradient faster: under a scan, all that the backward pass needs is copied to arrays of all blocks. There
-    `remat` alone scans, since XLA for CPUs joins what unrolled blocks compute again with what they have computed.
+    Blocks of different widths are padded then, as masks are. A CPU compiles blocks one by one as fast, and runs their
+    gradient faster: under a scan, all that the backward pass needs is copied to arrays of all blocks. There only
+    `remat` asks for a scan, of any widths: in unrolled blocks, XLA for CPUs finds that what is computed again is what
+    was computed before, and keeps it.
     """
-    if not dims.is_uniform:
-        return masked
-    return remat or jax.default_backend() != "cpu"
+    if masked and not dims.is_uniform:
+        return True
+    return remat if jax.default_backend() == "cpu" else dims.is_uniform
 
 
 def kept_bytes(dims: ViTDims) -> int:

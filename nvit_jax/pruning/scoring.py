@@ -146,7 +146,7 @@ def make_score_step(
     forward = vit.features if name == "features" else vit.forward
 
     def loss(params: Params, masks: Units, batch: Batch) -> jax.Array:
-        remat = _asks_for_remat(dims, len(batch["image"])) if scoring.remat is None else scoring.remat
+        remat = _asks_for_remat(scoring, dims, len(batch["image"])) if scoring.remat is None else scoring.remat
         out = forward(dims, params, batch["image"], masks, remat=remat)
         if "direction" in batch:
             return (batch["direction"] * out).sum((1, 2))
@@ -170,13 +170,14 @@ def make_score_step(
     return step
 
 
-def _asks_for_remat(dims: ViTDims, images: int) -> bool:
-    """Whether a backward pass would keep more than a quarter of a device's memory.
+def _asks_for_remat(scoring: Scoring, dims: ViTDims, images: int) -> bool:
+    """Whether a batch would take more than half of a device's memory: what its backward pass keeps, or products with
+    the Hessian, which take about five times as much (`python -m benchmarks.memory`).
 
-    Derivatives of it take as much again. Several processes must compile one program, and may have unlike devices:
-    there always.
+    Several processes must compile one program, and may have unlike devices: there always.
     """
-    return jax.process_count() > 1 or vit.kept_bytes(dims) * images > device_bytes() / 4
+    times = 5 if scoring.criterion in ("hvp", "obd", "hvp_joint") else 1.5
+    return jax.process_count() > 1 or times * vit.kept_bytes(dims) * images > device_bytes() / 2
 
 
 def from_training(state: TrainState, steps: int) -> Units:

@@ -103,6 +103,7 @@ def test_scan_padding_and_unrolled_are_one_model(x64):
         outs = [
             run_forward(dims, params, images, unroll=True),
             run_forward(dims, params, images),
+            run_forward(dims, params, images, remat=True),
             run_forward(dims, params, images, full_masks(dims)),
             run_forward(dims, params, images, full_masks(dims), remat=True),
         ]
