@@ -18,7 +18,10 @@ def draw(name: str, keys: Sequence[str], rows: Sequence[Row], path: Path) -> Non
 
 
 def _bars(figure: Any, keys: Sequence[str], rows: Sequence[Row]) -> bool:
-    """Milliseconds (or GiB) on a logarithmic axis, in the order of the rows; of inference one bar for each rival."""
+    """Milliseconds (or GiB) in the order of the rows; of inference one bar for each rival.
+
+    The axis begins at 0; it is logarithmic where the smallest bar would hardly be seen.
+    """
     bars = []
     for row in rows:
         label = " ".join(str(row[key]) for key in keys if row.get(key) not in ("", None))
@@ -34,7 +37,9 @@ def _bars(figure: Any, keys: Sequence[str], rows: Sequence[Row]) -> bool:
     axes = figure.subplots()
     axes.barh([label for label, _ in bars], [value for _, value in bars])
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    values = [value for _, value in bars]
+    if max(values) > 50 * min(values):
+        axes.set_xscale("log")
     axes.set_xlabel("GiB" if "total" in rows[0] else "milliseconds")
     return True
 

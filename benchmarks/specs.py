@@ -7,12 +7,17 @@ PLATFORMS = ("cpu", "gpu")
 Row = dict[str, Any]
 
 
+def short(value: float) -> str:
+    """1234.5 -> 1,234; 12.345 -> 12.3"""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 class Column(NamedTuple):
     """A title, where the number stands in a row ("over.eager.cpu"), how it is shown, and who it may be missing for."""
 
     title: str
     path: str
-    show: Callable[[Any], str] = lambda value: f"{value:.3g}"
+    show: Callable[[Any], str] = short
     rival: str = ""
 
 
