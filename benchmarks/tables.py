@@ -23,10 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
-def cell(row: Row | None, column: Column) -> str:
+def cell(row: Row, column: Column) -> str:
     """A number, "not run" with the reason where a rival says one, or nothing where there is nothing to say."""
-    if row is None:
-        return "not run"
     value: Any = row
     for name in column.path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -58,8 +56,12 @@ def table(name: str, platform: str, rows: Sequence[Row]) -> str:
     titles = [*spec.keys, *(column.title for column in columns), "run"]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for name_of, row in shown:
-        number = "" if row is None else str(runs.setdefault(describe(row["run"]), len(runs) + 1))
-        lines.append(f"| {' | '.join([*name_of, *(cell(row, c) for c in columns), number])} |")
+        if row is None:
+            cells = ["not run", *[""] * len(columns)]
+        else:
+            number = runs.setdefault(describe(row["run"]), len(runs) + 1)
+            cells = [*(cell(row, column) for column in columns), str(number)]
+        lines.append(f"| {' | '.join([*name_of, *cells])} |")
     lines += ["", *(f"{number}. {text}" for text, number in runs.items())]
     if not wanted.keys() <= found.keys():
         lines += ["", missing]

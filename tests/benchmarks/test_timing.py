@@ -171,7 +171,7 @@ def test_a_table_has_every_row_that_is_asked_for():
     text = table("decision", "cpu", [expected[0] | {"run": RUN}])
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(expected)
-    assert all(line.count("not run") == len(TABLES["decision"].columns) + 1 for line in rows[1:])
+    assert all(line.count("not run") == 1 and line.count("|") == rows[0].count("|") for line in rows[1:])
     assert text.endswith("\n\nNot run yet: `python -m benchmarks.decision`")
     assert "Not run yet" not in table("decision", "cpu", [key | {"run": RUN} for key in expected])
 
@@ -188,4 +188,3 @@ def test_a_missing_rival_says_why():
     row = {"times": {}, "not_run": {"onnx": "onnxruntime is not installed"}}
     assert cell(row, Column("onnxruntime", "over.onnx.wall", rival="onnx")) == "not run: onnxruntime is not installed"
     assert cell(row, Column("eager", "over.eager.wall", rival="eager")) == ""
-    assert cell(None, Column("eager", "over.eager.wall")) == "not run"
