@@ -33,12 +33,17 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def machine_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def device_bytes() -> int:
     """Memory of this process's first device; a CPU's is the machine's."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_bytes()
 
 
 def wait_for_all(name: str) -> None:

@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-import os
 import pathlib
 import sys
 import threading
@@ -19,6 +18,7 @@ from nvit_jax.data.datasets import cores
 from nvit_jax.errors import UserError, check_choice, first_line
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
+from nvit_jax.parallel import machine_bytes
 from nvit_jax.schema import check_fields, whole
 
 Call = Callable[[], Any]
@@ -53,7 +53,7 @@ def keep_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         most = 2**31 - 1  # what mallopt takes
-        largest = min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+        largest = min(most, machine_bytes() // 8)
         for option, value in ((-8, 1), (-3, largest), (-1, most)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
             libc.mallopt(option, value)
 
@@ -64,7 +64,7 @@ def free_bytes() -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if sys.platform != "linux":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # what is free is not to be had as easily
+        return machine_bytes()  # what is free is not to be had as easily
     with open("/proc/meminfo", encoding="ascii") as file:
         facts = dict(line.split(":", 1) for line in file)
     return 1024 * int(facts["MemAvailable"].split()[0])

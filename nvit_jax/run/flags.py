@@ -16,6 +16,7 @@ from nvit_jax.run.config import STAGES, default_config, flatten_config
 from nvit_jax.run.configfile import load_config
 from nvit_jax.run.shapes import SHAPES
 from nvit_jax.run.validation import check_config
+from nvit_jax.schema import Flag, Maybe
 
 _OVERRIDE = re.compile(r"--?(no)?config\.")
 
@@ -107,7 +108,7 @@ def _flagfiles(words: Sequence[str]) -> Iterator[str]:
 def _check_given(words: Sequence[str], values: flags.FlagValues) -> None:
     """UserError for an option whose value was forgotten: absl would take the next option for it."""
     switches = {name for name in values if values[name].boolean}
-    switches |= {f"config.{key}" for key, value in flatten_config(default_config()).items() if isinstance(value, bool)}
+    switches |= {f"config.{key}" for key, shape in SHAPES.items() if shape in (Flag(), Maybe(Flag()))}
     for word, following in itertools.pairwise(words):
         name = word.lstrip("-")
         valued = name == "config" or name.startswith("config.") or name in values

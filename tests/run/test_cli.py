@@ -170,6 +170,17 @@ def test_a_file_comes_before_a_builtin_name(tmp_path, monkeypatch):
     assert find_config("demo").samefile(tmp_path / "demo") and load_config("demo").vit.image is None
 
 
+@pytest.mark.parametrize("switch", ["pretrain.remat", "prune.score.remat", "prune.compensate"])
+def test_a_switch_takes_no_value_even_where_it_may_be_unset(switch):
+    from nvit_jax.run.flags import parse
+
+    words = [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.{switch}", "--workdir=new"]
+    found = parse(["nvit-jax", *words])[1]
+    for name in switch.split("."):
+        found = found[name]
+    assert found is True
+
+
 def test_overrides_may_stand_anywhere_and_the_last_config_counts():
     words = "x --config.seed=1 --config demo --workdir W --force --config.prune.steps 2 --config=demo:fast --noforce"
     flags, config, names = cli.parse([*words.split(), "--config.latency.roofline.tflops=None"])
