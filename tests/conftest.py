@@ -71,6 +71,9 @@ VARIANTS = {
     "qk_norm": {"qk_norm_count": 5},
     "rotary": {"rotary": 4, "qk": 4, "rotary_base": 7.0, "positions": "none", "registers": 1},
     "rotary_qk_norm": {"rotary": 4, "qk": 3, "qk_norm_count": 8, "qkv_bias": False, "image": (8, 12), "pool": "map"},
+    "beit": {"relative": True, "positions": "none", "pool": "mean", "norm_after_pool": True, "layer_scale": True},
+    "eva02": {"rotary": 4, "qk": 4, "rotary_grid": 3, "rotary_base": 50.0, "gated": True, "activation": "silu"}
+    | {"proj_norm_count": 17, "fc2_norm_count": 13},
     "clip": {"pre_norm": True, "patch_bias": False, "projection": 6, "classes": 0, "activation": "quick_gelu"},
     "siglip": {"pool": "map", "cls_token": False, "classes": 0},
     "map": {"pool": "map", "registers": 1, "mean_over": "all", "pool_heads": 3, "pool_width": 9, "pool_mlp": 7},

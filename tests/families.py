@@ -8,6 +8,7 @@ looks whether the tests exist and whether the libraries have a class.
 from typing import NamedTuple
 
 CONVERT = "tests/formats/test_convert.py"
+EVA = "tests/formats/test_eva.py"
 ENCODERS = "tests/formats/test_encoders.py"
 OPEN_CLIP = "tests/formats/test_open_clip.py"
 TOWERS = "tests/formats/test_towers.py"
@@ -44,6 +45,10 @@ FAMILIES = (
     Family("Hugging Face ViT-MAE", f"{ENCODERS}::test_hugging_face[mae]", "plain", "timm, transformers"),
     Family("Hugging Face I-JEPA", f"{ENCODERS}::test_hugging_face[ijepa]", "mean_pool", "timm"),
     Family("Hugging Face DINOv3", f"{CONVERT}::test_hugging_face_dinov3[small]", "rotary", ""),
+    Family("EVA", f"{EVA}::test_eva[eva]", "mean_pool_all_after_norm", "timm"),
+    Family("EVA-02", f"{EVA}::test_eva[eva02_clip]", "eva02", ""),
+    Family("BEiT (timm's names)", f"{EVA}::test_beit[v1]", "beit", ""),
+    Family("Hugging Face BEiT, data2vec", f"{EVA}::test_hugging_face_beit[relative]", "beit", ""),
     Family("timm's qk_norm", f"{CONVERT}::test_norms_of_queries_and_keys[layer]", "qk_norm", ""),
     Family("Hugging Face CLIP", f"{TOWERS}::test_hugging_face_towers[clip]", "clip", ""),
     Family("its projection", f"{TOWERS}::test_hugging_face_towers[clip_with_projection]", "clip", ""),

@@ -169,7 +169,7 @@ def canonical(tensors: Tensors, where: str, entry: str | None = None) -> Canonic
             raise UserError(f"{where}: the shapes of {found} do not go together") from error
 
     own = {name: shape for name, shape in tensors.shapes.items() if not _left_out(layout, name)}
-    heads = _heads(tensors.shapes, layout, where)
+    heads = _heads({inner: tensors.shapes[name] for inner, name in names.items()}, layout, where)
     return Canonical(layout, {t: shape(t) for t in made}, read, left_out, heads, tensors._replace(shapes=own))
 
 
@@ -220,6 +220,8 @@ def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: str) ->
         key, axis = "blocks.{i}.attn.qkv.Q.weight", 2
     elif layout in (VISION_TRANSFORMER, BIG_VISION):
         key, axis = next(r.sources[0] for r in layout.rules if "query/kernel" in r.sources[0]), 1
+    elif table := next((r.sources[0] for r in layout.rules if "relative_position_bias_table" in r.sources[0]), None):
+        key, axis = table, 1
     else:
         return None
     found: list[int] = []
@@ -228,7 +230,7 @@ def _heads(shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: str) ->
     pool = shapes.get("MAPHead_0/MultiHeadDotProductAttention_0/query/kernel", ())
     if layout is BIG_VISION and len(pool) > axis and found and pool[axis] != found[0]:
         raise UserError(f"{where}: its attention pooling has {pool[axis]} heads and a block {found[0]}: not built")
-    return tuple(found)
+    return tuple(found) or None
 
 
 def nvit_masks(read: Callable[[str], np.ndarray], heads: tuple[int, ...]) -> dict[str, Any]:

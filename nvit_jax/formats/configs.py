@@ -73,6 +73,9 @@ def read_config(path: pathlib.Path, extra: Mapping[str, Any]) -> Said:
     known = _HF_READ | _HF_HARMLESS | _HF_GENERIC
     if kind in _DINOV2_TYPES:
         known = known | _HF_DINOV2
+    if kind in _BEIT_TYPES:
+        known = known | _HF_BEIT
+        config = Facts(_BEIT_DEFAULTS | {k: v for k, v in config.values.items() if v is not None}, config.where)
     if kind == "dinov3_vit":
         known = known | _DINOV3_READ | _DINOV3_HARMLESS
         config = Facts(_DINOV3_DEFAULTS | {k: v for k, v in config.values.items() if v is not None}, config.where)
@@ -140,6 +143,8 @@ _TIMM_READ = {
 }
 _TIMM_SHAPES = {  # told by tensors
     *("mlp_ratio", "qk_norm", "qkv_bias", "proj_bias", "init_values", "no_embed_class", "global_pool"),
+    *("qkv_fused", "swiglu_mlp", "scale_mlp", "scale_attn_inner", "use_abs_pos_emb", "use_rel_pos_bias"),  # EVA, BEiT
+    *("num_reg_tokens", "use_fc_norm", "scale_attn_norm", "scale_mlp_norm"),
 }
 _TIMM_HARMLESS = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
@@ -155,7 +160,12 @@ _TIMM_MUST_BE: dict[str, tuple[Any, ...]] = {
     "block_fn": (None, "", "Block", "block"),
     "mlp_layer": (None, "", "Mlp", "mlp"),
     "attn_layer": (None, "", "Attention", "attn", "attention"),
-    **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm", "features_only"), (False, None)),
+    **dict.fromkeys(("features_only", "use_post_norm", "use_shared_rel_pos_bias"), (False, None)),
+    "ref_feat_shape": ((16, 16), [16, 16], 16, None),  # rotary positions are EVA-02's
+    "rope_type": ("cat", None),
+    "rope_temperature": (10000, None),
+    "use_rot_pos_emb": (True, None),
+    "attn_type": ("eva", None),
     **dict.fromkeys(("embed_norm_layer", "out_indices"), (None, "")),
 }
 _TIMM_BESIDE = {  # the rest of its config.json
@@ -260,8 +270,18 @@ _HF_MUST_BE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None, {}),
     "interpolate_antialias": (True, None),  # of DINOv2 with registers
     "interpolate_offset": (0.0, None),
+    "use_shared_relative_position_bias": (False, None),  # of BEiT, in its pretraining
 }
 
+
+_BEIT_TYPES = ("beit", "data2vec-vision")
+_HF_BEIT = {  # told by the tensors, or of other tasks
+    *("use_absolute_position_embeddings", "use_relative_position_bias", "layer_scale_init_value", "use_mean_pooling"),
+    *("vocab_size", "pool_scales", "out_features", "out_indices", "stage_names", "add_fpn", "reshape_hidden_states"),
+    *("use_auxiliary_head", "auxiliary_loss_weight", "auxiliary_channels", "auxiliary_num_convs"),
+    *("auxiliary_concat_input", "semantic_loss_ignore_index"),
+}
+_BEIT_DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "use_mean_pooling": True}  # of its classes
 
 _DINOV3_READ = {"rope_theta", "num_register_tokens", "use_gated_mlp"}
 _DINOV3_HARMLESS = {
@@ -301,12 +321,15 @@ def _hugging_face(config: Facts, kind: str | None) -> Said:
         activation = "silu" if stated["gated"] else activation  # whatever hidden_act says
     if kind == "dinov3_vit":
         stated["gated"] = config.get("use_gated_mlp", bool)
-    heads = config.at_least_one("num_attention_heads")
+    heads, pool = config.at_least_one("num_attention_heads"), None
+    if kind in _BEIT_TYPES:
+        pool = "mean" if config.get("use_mean_pooling", bool) else "class"
     return Said(
         heads=12 if heads is None and kind is not None else heads,  # the classes' own default
         activation=activation,
         norm_eps=None if eps is None else float(eps),
         rotary_base=None if base is None else float(base),
+        pool=pool,
         image=size_in(config, "image_size"),
         classes=_class_names(config),
         sizes={k: v for k, v in stated.items() if v is not None},

@@ -10,7 +10,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.formats import interchange, layouts
 from nvit_jax.formats.canonical import Canonical
 from nvit_jax.formats.configs import Said
-from nvit_jax.formats.published import Widths, is_dinov3, named_reading, readings
+from nvit_jax.formats.published import Widths, is_dinov3, is_eva02, named_reading, readings
 from nvit_jax.model import sizes
 from nvit_jax.model.dims import ViTDims, preset, preset_names
 from nvit_jax.model.sizes import Size
@@ -38,13 +38,16 @@ def find_family(path: pathlib.Path, file: Canonical, said: Said, options: Option
         return "siglip" if "attn_pool.latent" in file.shapes else "clip"
     if file.layout is layouts.BIG_VISION and "attn_pool.latent" in file.shapes and "head.weight" not in file.shapes:
         return "siglip_npz"
+    names = [text for text in (options.variant, said.architecture, path.stem) if text]
+    if "pos_embed" not in file.shapes and any(is_dinov3(name) for name in names):
+        return "dinov3_timm"
     if file.layout.family != "deit":
         return file.layout.family
     for text in (options.variant, said.architecture, path.stem):
         tower = next((name for name in ("clip", "siglip") if text and f"_{name}_" in text), None)
         if tower is not None:
             return tower
-        for family in ("deit3", "deit", "dinov2", "vit"):
+        for family in ("deit3", "deit", "dinov2", "beit3", "vit"):
             if text and text.startswith(f"{family}_"):
                 return family
     return "vit" if "augreg" in path.stem else "deit"
@@ -94,8 +97,13 @@ def find_dims(
     timms = "pos_embed" not in shapes and any(is_dinov3(name) for name in names)
     usual = layouts.DINOV3 if timms else file.layout
     rotary = usual.rotary and (said.rotary_base or usual.rotary)
+    table = shapes.get("blocks.0.attn.relative_position_bias_table")
     if rotary and "pos_embed" not in shapes:
         positions, grid = "none", _stated_patches(where, patch, said, options)
+    elif table and "pos_embed" not in shapes:
+        positions, grid = "none", _related_patches(where, table[0], patch, said)
+        if grid[0] != grid[1] and file.layout in layouts.HUGGING_FACE_BEIT:  # whose code then mixes up the sides
+            raise UserError(f"{where}: a BEiT of Hugging Face for images that are no squares is not built")
     else:
         positions, grid = _stated_positions(where, file, shapes, cls + dist + registers, patch, said.image)
     image = sizes.one(grid[0] * patch_sides[0], grid[1] * patch_sides[1])
@@ -109,6 +117,10 @@ def find_dims(
     stated = _stated_heads(where, file, depth, extra, said, options)
     heads, activation, eps = _reading(where, file, widths, stated, said, names)
     qk, v, scale = _attention_widths(where, file, heads, rows, columns)
+    eva02 = file.layout in (layouts.EVA, layouts.EVA_APART) and gated and not timms
+    if eva02:
+        _check_eva02(where, file, widths, names)
+        rotary = 10_000.0
     if rotary and qk[0] % 4:
         raise UserError(f"{where}: {qk[0]} query/key dims of a head are no multiple of 4, which rotary positions need")
     normed = "blocks.0.attn.q_norm.weight" in shapes
@@ -123,6 +135,9 @@ def find_dims(
         norm_eps=usual.norm_eps if timms and said.norm_eps is None else eps,
         patch_bias="patch_embed.proj.bias" in shapes, pre_norm="norm_pre.weight" in shapes,
         qk_norm_count=qk[0] if normed else 0, rotary=qk[0] // 2 if rotary else 0, rotary_base=rotary or 100.0,
+        rotary_grid=16 if eva02 else 0, relative=table is not None,
+        proj_norm_count=columns[0] if "blocks.0.attn.norm.weight" in shapes else 0,
+        fc2_norm_count=mlp[0] if "blocks.0.mlp.norm.weight" in shapes else 0,
         **_pooling(where, shapes, said, heads[0], mean=timms),
     )  # fmt: skip
     for field, wanted in said.sizes.items():
@@ -233,6 +248,11 @@ def _reading(
         usual, eps = named.activation, named.norm_eps or eps
     elif timm:
         usual = next((reading.activation for reading in found if reading.heads == heads[0]), usual)
+    if timm and "blocks.0.attn.norm.weight" in file.shapes and not named:
+        raise UserError(
+            f"{where} has norms inside of its parts, and no tensor tells their eps (1e-5 in BEiT-3): say what it is by "
+            "the architecture in a config.json beside it, or name the file as timm does (beit3_...)"
+        )
     if not (said.activation or usual) or (timm and "norm_pre.weight" in file.shapes and not named):
         name = ", or name it as timm does, vit_base_..._clip_..." if timm else ""
         raise UserError(
@@ -281,6 +301,28 @@ def _stated_patches(where: str, patch: Size, said: Said, options: Options) -> tu
     if grid is None:
         raise UserError(f"{where} holds no position embeddings, so that its image size cannot be known; say --image=N")
     return grid
+
+
+def _related_patches(where: str, distances: int, patch: Size, said: Said) -> tuple[int, int]:
+    """Rows and columns of patches from the number of relative positions: those that are stated, else a square.
+    UserError where they are not these."""
+    side = (math.isqrt(max(distances - 3, 0)) + 1) // 2
+    rows, columns = _grid(said.image, patch) or (side, side)
+    if (2 * rows - 1) * (2 * columns - 1) + 3 != distances:
+        what = f"a grid of {rows} x {columns} patches" if said.image else "a square of patches; state img_size"
+        raise UserError(f"{where}: {distances} relative positions are not those of {what}")
+    return rows, columns
+
+
+def _check_eva02(where: str, file: Canonical, widths: Widths, names: Sequence[str]) -> None:
+    """UserError where nothing tells that a model with gates and biases of queries alone is an EVA-02: its rotary
+    positions are in no tensor."""
+    shown = any("rope." in name for name in file.left_out)
+    if not (shown or readings(widths) or any(is_eva02(name) for name in names)):
+        raise UserError(
+            f"{where} has gates in its mlps and no biases of keys, as EVA-02 has, and its size is not published: say "
+            "what it is by the architecture in a config.json beside it, or name the file as timm does (eva02_...)"
+        )
 
 
 def _stated_positions(

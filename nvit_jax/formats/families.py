@@ -7,9 +7,9 @@ from nvit_jax.errors import UserError
 from nvit_jax.formats.facts import Facts
 
 SUPPORTED = (
-    "read are plain ViT, DeiT, DeiT-III, DINO, DINOv2, MAE, I-JEPA, MoCo v3, CLIP and SigLIP models of timm, Hugging "
-    "Face, torchvision, vision_transformer, big_vision, OpenAI, open_clip and their own projects, DINOv3 of Hugging "
-    "Face and timm, released NViT, and RegNetY teachers"
+    "read are plain ViT, DeiT, DeiT-III, DINO, DINOv2, MAE, I-JEPA, MoCo v3, CLIP, SigLIP and BEiT models of timm, "
+    "Hugging Face, torchvision, vision_transformer, big_vision, OpenAI, open_clip and their own projects, EVA and "
+    "EVA-02 of timm and their own project, DINOv3 of Hugging Face and timm, released NViT, and RegNetY teachers"
 )
 # Name of a tensor (from the start of one of its parts) -> the family. The more particular first.
 _FAMILIES = {
@@ -27,13 +27,13 @@ _FAMILIES = {
     r"stages\.\d+\.blocks\.\d+\.attn\.(sr|kv)\.|block1\.0\.attn\.": "a hierarchical Transformer (PVT)",
     r"levels\.0\.transformer_encoder\.": "a NesT",
     r"stages\.\d+\.(blocks\.)?\d+(\.\d+)?\.(attn|token_mixer)\.": "a hierarchical Transformer or hybrid",
-    r"blocks\.0\.attn\.(inner_attn_ln|rope)\.|rope\.freqs_(cos|sin)": "an EVA-02 (rotary positions)",
     r"blocks\.0\.attn\.rel_pos\.|shared_rel_pos\.": "a ViT with relative positions",
     r"embeds\.(proj|pos_embed)": "a NaFlex ViT (images of any shape)",
-    r"blocks\.0\.attn\.relative_position_bias_table|rel_pos_bias\.relative_position_bias_table|"
-    r"encoder\.layer\.0\.attention\.attention\.relative_position_bias": "a BEiT (relative positions)",
-    r"blocks\.0\.attn\.(q_bias|q_proj\.)": "an EVA or BEiT, or an EVA-02 (queries have layers or biases of their own)",
-    r"encoder\.layer\.0\.lambda_1": "a BEiT of Hugging Face's names",
+    r"rel_pos_bias\.relative_position_bias_table|encoder\.relative_position_bias\.|shared_position_bias\.": (
+        "a BEiT whose blocks share their relative positions, as in its pretraining"
+    ),
+    r"blocks\.0\.attn\.gate\.": "a ViT with gates in its attention",
+    r"rope\.freqs$": "a ViT with rotary positions that are learned",
     r"rope_embed\.periods|storage_tokens": "a DINOv3 of its own project's names (Hugging Face's are read)",
     r"stages\.0\.blocks\.0\.conv_dw\.|downsample_layers\.0\.0\.|stages\.0\.0\.dwconv\.|"
     r"encoder\.stages\.0\.layers\.0\.dwconv\.|stages\.0\.layers\.0\.depthwise_conv\.|"
@@ -54,12 +54,11 @@ _FAMILIES = {
     r"embeddings\.token_embedding\.": "a model of texts",
     r"token_embedding\.weight": "a CLIP whose image tower is another one",
     r"(?<!encoder\.)layers\.\d+\.self_attn\.q_proj\.|h\.\d+\.attn\.c_attn\.": "a language model",
-    r".*\brope\.|.*inner_attn_ln\.": "an EVA-02 or another ViT with rotary positions that are not DINOv3's",
+    r".*\brope\.(?!freqs_(cos|sin)$)": "a ViT with rotary positions that are neither DINOv3's nor EVA-02's",
     r"blocks\.0\.(attns|ffns)\.": "a ViT of parallel blocks",
     r"blocks\.0\.(in_proj|attn\.sub_norm)": "a ViT of parallel or differential blocks",
-    r"blocks\.0\.mlp\.w1\.|.*MlpBlock_\d/Dense_2/|layers\.0\.mlp\.weights_in\.": "a ViT with SwiGLU",
+    r".*MlpBlock_\d/Dense_2/|layers\.0\.mlp\.weights_in\.": "a ViT with SwiGLU",
     r"layers\.0\.attention\.[qk]_norm\.|.*(query|key)_norm/scale": ("a ViT that normalises queries and keys (qk_norm)"),
-    r"blocks\.0\.(attn\.norm|mlp\.norm)\.": "a ViT with norms inside of attention or mlp (scale_norm)",
     r"patch_embed\.norm\.": "a ViT with a norm in its patch embedding (embed_norm_layer)",
 }
 _LOOK = [(family, re.compile(rf"(?:^|.*[./])(?:{pattern})")) for pattern, family in _FAMILIES.items()]
@@ -91,7 +90,7 @@ def unknown(names: Iterable[str], where: str) -> UserError:
 _NAMES = {
     r"vit_\w+_patch\d+_rope_": "a ViT with rotary positions that are not DINOv3's",
     r"vit_pe_\w+_patch": "a Perception Encoder (rotary positions)",
-    r"eva02_\w+_patch": "an EVA-02 (rotary positions)",
+    r"eva02_enormous_patch": "an EVA-02 with norms behind its parts (post-norm)",
     r"vit_\w+_patch\d+_(lingbot|sapiens2)": "a ViT with rotary positions",
 }
 
@@ -106,6 +105,7 @@ def refuse_name(name: str, where: str) -> None:
 # model_type of a Hugging Face config.json: those whose layers are ViT's.
 HUGGING_FACE_TYPES = (
     *("vit", "deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "timm_wrapper"),
+    *("beit", "data2vec-vision"),
 )
 # And those of image towers, alone or beside a model of texts, whose config is then inside -> the tower's own type.
 TOWERS = {

@@ -15,14 +15,21 @@ Shapes = dict[str, tuple[int, ...]]
 Read = Callable[[str], np.ndarray]
 
 
-def per_head(dims: ViTDims, shapes: Shapes, read: Read, where: str) -> tuple[Shapes, Read]:
-    """The same tensors under timm's names, as `interchange` takes them. UserError for a norm of another width."""
+def per_head(dims: ViTDims, shapes: Shapes, read: Read, where: str, *, neighbours: bool = False) -> tuple[Shapes, Read]:
+    """The same tensors under timm's names, as `interchange` takes them. UserError for a norm of another width.
+
+    `neighbours`: in the file the two dims of a rotary pair lie side by side, as in EVA-02; else halves of a head apart.
+    """
     made: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] = {}
     layer_norm = any(name.endswith((".attn.q_norm.bias", ".attn.k_norm.bias")) for name in shapes)
     for i, (heads, units) in enumerate(zip(dims.heads, dims.qk, strict=True)):
         name, width = f"blocks.{i}.attn", dims.paired * units
         if dims.rotary:
             made[f"{name}.rotary"] = (heads * units,), _numbers(heads, units)
+        if neighbours:
+            for leaf in ("weight", "bias"):
+                if (own := f"{name}.qkv.{leaf}") in shapes:
+                    made[own] = shapes[own], _apart(read, own, heads, units)
         if not dims.qk_norm_count:
             continue
         for norm in (f"{name}.q_norm", f"{name}.k_norm"):
@@ -49,6 +56,20 @@ def _numbers(heads: int, pairs: int) -> Callable[[], np.ndarray]:
 
 def _tiled(read: Read, name: str | None, heads: int, width: int) -> Callable[[], np.ndarray]:
     return lambda: np.tile(np.zeros(width, np.float32) if name is None else read(name), heads)
+
+
+def _apart(read: Read, name: str, heads: int, pairs: int) -> Callable[[], np.ndarray]:
+    """Rows of queries and keys: of each head all first dims of the pairs, then all second ones."""
+
+    def make() -> np.ndarray:
+        values = np.array(read(name))
+        width = 2 * heads * pairs
+        for first in (0, width):
+            rows = values[first : first + width].reshape(heads, pairs, 2, *values.shape[1:])
+            values[first : first + width] = rows.swapaxes(1, 2).reshape(width, *values.shape[1:])
+        return values
+
+    return make
 
 
 def _centred(read: Read, name: str, heads: int, width: int) -> Callable[[], np.ndarray]:

@@ -93,6 +93,13 @@ def _attention(dims: ViTDims, i: int) -> Iterator[Entry]:
             yield Entry(f"{name}.{norm}.{leaf}", (h * q,), (f"block_{i}/{norm}/{own}",), into, flat)
     if dims.rotary:
         yield Entry(f"{name}.rotary", (h * pairs,), (f"block_{i}/rotary",), lambda x: (x.reshape(h, pairs),), np.ravel)
+    if dims.relative:
+        bias = (f"block_{i}/relative",)
+        yield Entry(f"{name}.relative_position_bias_table", (dims.distances, h), bias, lambda x: (x.T,), lambda x: x.T)
+    if dims.proj_norm_count:
+        for leaf, own in (("weight", "scale"), ("bias", "bias")):
+            into = lambda x: (x.reshape(h, v),)  # noqa: E731
+            yield Entry(f"{name}.norm.{leaf}", (h * v,), (f"block_{i}/proj_norm/{own}",), into, np.ravel)
     yield Entry(
         f"{name}.proj.weight",
         (d, h * v),
@@ -193,6 +200,9 @@ def entries(dims: ViTDims) -> Iterator[Entry]:
         if m:
             yield from _norm(dims, f"blocks.{i}.norm2", f"block_{i}/norm2")
             yield from _first_layer(dims, i)
+            if dims.fc2_norm_count:
+                yield _same(f"blocks.{i}.mlp.norm.weight", f"block_{i}/fc2_norm/scale", m)
+                yield _same(f"blocks.{i}.mlp.norm.bias", f"block_{i}/fc2_norm/bias", m)
             yield _linear(f"blocks.{i}.mlp.fc2.weight", f"block_{i}/fc2/kernel", d, m)
         yield _same(f"blocks.{i}.mlp.fc2.bias", f"block_{i}/fc2/bias", d)
         if dims.layer_scale:

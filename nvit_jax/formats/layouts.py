@@ -67,7 +67,10 @@ _TIMM = (
     *_both("patch_embed.proj", "patch_embed.proj"),
     *(
         rule
-        for part in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for part in (
+            *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.norm", "attn.proj", "norm2"),
+            *("mlp.fc1", "mlp.norm", "mlp.fc2"),
+        )
         for rule in _both(_BLOCK + part, _BLOCK + part)
     ),
     *_both(_BLOCK + "mlp.w12", _BLOCK + "mlp.fc1"),  # SwiGLU of DINOv2: rows of the gate, then of what it multiplies
@@ -87,14 +90,59 @@ _TIMM = (
     ),
 )
 
+
+def _some_biases(sources: tuple[str, ...], target: str) -> tuple[Rule, ...]:
+    """One bias of queries, keys and values, of which some are not there: zeros stand for these."""
+
+    def rule(there: tuple[int, ...]) -> Rule:
+        def make(*found: np.ndarray) -> Arrays:
+            own = dict(zip(there, found, strict=True))
+            return _rows(*(own.get(n, np.zeros_like(found[0])) for n in range(len(sources))))
+
+        return Rule(tuple(sources[n] for n in there), (target,), make)
+
+    every = range(len(sources))
+    return tuple(rule(there) for size in (3, 2, 1) for there in itertools.combinations(every, size))
+
+
 TIMM = Layout("timm's names (official DeiT, timm ViT, DINO)", ("blocks.0.attn.qkv.weight", "cls_token"), _TIMM)
 TIMM_WITHOUT_CLASS_TOKEN = TIMM._replace(marks=("blocks.0.attn.qkv.weight", "patch_embed.proj.weight"))
 
-DEIT3 = Layout(
-    "official DeiT-III",
-    ("blocks.0.attn.qkv.weight", "blocks.0.gamma_1"),
-    (*(Rule((_BLOCK + f"gamma_{n}",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"), *_TIMM),
-    family="deit3",
+_GAMMA = tuple(Rule((_BLOCK + f"gamma_{n}",), (_BLOCK + f"ls{n}.gamma",)) for n in "12")
+DEIT3 = Layout("official DeiT-III", ("blocks.0.attn.qkv.weight", "blocks.0.gamma_1"), (*_GAMMA, *_TIMM), family="deit3")
+
+_Q, _K, _V = (_BLOCK + f"attn.{name}" for name in "qkv")
+_RELATIVE = "attn.relative_position_bias_table"
+_EVA_RULES = (  # of timm, and of the projects of EVA-02 and BEiT; keys have no bias
+    *_some_biases((f"{_Q}_bias", f"{_K}_bias", f"{_V}_bias"), _BLOCK + "attn.qkv.bias"),
+    Rule(tuple(f"{name}_proj.weight" for name in (_Q, _K, _V)), (_BLOCK + "attn.qkv.weight",), _rows),
+    *_some_biases(tuple(f"{name}_proj.bias" for name in (_Q, _K, _V)), _BLOCK + "attn.qkv.bias"),
+    Rule((_BLOCK + _RELATIVE,), (_BLOCK + _RELATIVE,)),
+    *_both(_BLOCK + "attn.inner_attn_ln", _BLOCK + "attn.norm"),
+    *_both(_BLOCK + "mlp.ffn_ln", _BLOCK + "mlp.norm"),
+    *_packed(_BLOCK + "mlp.w1", _BLOCK + "mlp.w2"),
+    *_GAMMA,
+    *_TIMM,
+)
+EVA = Layout(
+    "an EVA or EVA-02 of timm's or its own names",
+    ("blocks.0.attn.qkv.weight", "blocks.0.attn.q_bias"),
+    _EVA_RULES,
+    left_out={
+        r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)": "the turns of rotary positions, which are computed",
+        r"lm_head\..*": "a projection head of pretraining",
+    },
+    family="eva",
+)
+EVA_APART = EVA._replace(marks=("blocks.0.attn.q_proj.weight", "blocks.0.attn.v_proj.weight", "blocks.0.norm1.weight"))
+BEIT = EVA._replace(
+    name="a BEiT of timm's or its own names",
+    marks=("blocks.0.attn.qkv.weight", "blocks.0." + _RELATIVE),
+    left_out={
+        r"blocks\.\d+\.attn\.relative_position_index": "numbers of the relative positions, which are computed",
+        r"lm_head\..*": "a projection head of pretraining",
+    },
+    family="beit",
 )
 
 
@@ -164,7 +212,7 @@ def _hugging_face(block: str, qkv: tuple[str, ...], projection: str, fc1: str, f
 _HF_LEFT_OUT = {
     r"pooler\..*": "the pooler of ViTModel, which its classifier does not read",
 }
-_HF_PREFIXES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.")
+_HF_PREFIXES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.", "beit.", "data2vec_vision.")
 HUGGING_FACE = Layout(
     "Hugging Face ViT or DeiT",
     ("encoder.layer.0.attention.attention.query.weight",),
@@ -194,6 +242,61 @@ HUGGING_FACE_5 = HUGGING_FACE._replace(
 IJEPA_5 = HUGGING_FACE_5._replace(  # no class token
     marks=("layers.0.attention.q_proj.weight", "embeddings.patch_embeddings.projection.weight"),
 )
+
+
+def _hugging_face_beit(layer: str, qkv: str, projection: str, fc1: str, fc2: str, table: str) -> tuple[Rule, ...]:
+    """`qkv` with the names of queries, keys and values for {n}; keys have no bias."""
+    names = qkv.split()
+    return (
+        Rule(tuple(f"{layer}{n}.weight" for n in names), (_BLOCK + "attn.qkv.weight",), _rows),
+        *_some_biases(tuple(f"{layer}{n}.bias" for n in names), _BLOCK + "attn.qkv.bias"),
+        Rule((f"{layer}{table}.relative_position_bias_table",), (_BLOCK + _RELATIVE,)),
+        *(Rule((f"{layer}lambda_{n}",), (_BLOCK + f"ls{n}.gamma",)) for n in "12"),
+        *_both("pooler.layernorm", "fc_norm"),
+        *_hugging_face(layer.removesuffix("."), tuple(names), projection, fc1, fc2),
+    )
+
+
+_HF_BEIT = Layout(
+    "Hugging Face BEiT",
+    ("encoder.layer.0.attention.attention.query.weight", "encoder.layer.0.lambda_1"),
+    _hugging_face_beit(
+        "encoder.layer.{i}.",
+        "attention.attention.query attention.attention.key attention.attention.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+        "attention.attention.relative_position_bias",
+    ),
+    left_out={
+        r".*relative_position_index": "numbers of the relative positions, which are computed",
+        r"(lm_head|layernorm_lm)\..*": "a projection head of pretraining",
+    },
+    prefixes=_HF_PREFIXES,
+    norm_eps=1e-12,
+    family="beit_hf",
+)
+_HF_BEIT_5 = _HF_BEIT._replace(
+    name="Hugging Face BEiT (names of transformers 5)",
+    marks=("layers.0.attention.q_proj.weight", "layers.0.lambda_1"),
+    rules=_hugging_face_beit(
+        "layers.{i}.",
+        "attention.q_proj attention.k_proj attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+        "relative_position_bias",
+    ),
+)
+
+
+def _without_scale(layout: Layout) -> Layout:
+    """The same of a model without LayerScale, told by its relative positions."""
+    table = next(rule.sources[0] for rule in layout.rules if rule.targets == (_BLOCK + _RELATIVE,))
+    return layout._replace(marks=(layout.marks[0], table.replace("{i}", "0")))
+
+
+HUGGING_FACE_BEIT = (_HF_BEIT, _without_scale(_HF_BEIT), _HF_BEIT_5, _without_scale(_HF_BEIT_5))
 
 
 def _hugging_face_dinov2(qkv: tuple[str, ...], projection: str) -> tuple[Rule, ...]:
@@ -353,20 +456,6 @@ OPEN_CLIP_TIMM = TIMM._replace(  # open_clip's timm_model.py
     beside=_TEXTS,
     family="clip",
 )
-
-
-def _some_biases(sources: tuple[str, ...], target: str) -> tuple[Rule, ...]:
-    """One bias of queries, keys and values, of which some are not there: zeros stand for these."""
-
-    def rule(there: tuple[int, ...]) -> Rule:
-        def make(*found: np.ndarray) -> Arrays:
-            own = dict(zip(there, found, strict=True))
-            return _rows(*(own.get(n, np.zeros_like(found[0])) for n in range(len(sources))))
-
-        return Rule(tuple(sources[n] for n in there), (target,), make)
-
-    every = range(len(sources))
-    return tuple(rule(there) for size in (3, 2, 1) for there in itertools.combinations(every, size))
 
 
 _D3 = "layer.{i}."
@@ -580,12 +669,16 @@ LAYOUTS = (  # the more particular first
     OPEN_CLIP_TIMM,
     NVIT_PRUNED,
     NVIT_DENSE,
+    BEIT,
+    EVA,
+    EVA_APART,
     DEIT3,
     DINOV2_REGISTERS,
     DINOV2,
     TIMM,
     TIMM_WITHOUT_CLASS_TOKEN,
     *HUGGING_FACE_DINOV2,
+    *HUGGING_FACE_BEIT,
     HUGGING_FACE,
     HUGGING_FACE_5,
     OPEN_CLIP,

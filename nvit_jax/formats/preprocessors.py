@@ -26,6 +26,11 @@ PREPROCESSING: dict[str, tuple[float, str, tuple[float, ...], tuple[float, ...]]
     "clip": (1.0, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": (1.0, "bicubic", _HALF, _HALF),
     "siglip_npz": (1.0, "bilinear", _HALF, _HALF),  # "resize(224)|value_range(-1, 1)"
+    "eva": (0.9, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "beit": (0.9, "bicubic", _HALF, _HALF),
+    "beit_hf": (1.0, "bilinear", _HALF, _HALF),  # of the published files
+    "beit3": (1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
+    "dinov3_timm": (1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
     "regnet": (256 / 224, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
 }
 _WHOSE = {
@@ -42,6 +47,11 @@ _WHOSE = {
     "clip": "OpenAI's of CLIP",
     "siglip": "SigLIP's",
     "siglip_npz": "SigLIP's in big_vision",
+    "eva": "EVA's in timm",
+    "beit": "BEiT's in timm",
+    "beit_hf": "that of BEiT's published files",
+    "beit3": "BEiT-3's in timm",
+    "dinov3_timm": "DINOv3's in timm",
 }
 _RESAMPLE = {filter.value: name for name, filter in FILTERS.items()}  # Pillow's numbers, as Hugging Face stores them
 
@@ -55,11 +65,11 @@ def find_preprocessing(
     wrong types, and for what is not built.
     """
     ratio, interpolation, mean, std = PREPROCESSING[family]
-    if family == "vit" and min(sizes.sides(size)) >= 384:
+    if min(sizes.sides(size)) >= {"vit": 384, "beit": 384, "eva": 336}.get(family, math.inf):
         ratio = 1.0
     if len(mean) != channels:
         mean, std = (0.5,) * channels, (0.5,) * channels
-    mode = "squash" if family in ("vit_hf", "dinov3", "siglip", "siglip_npz") else "center"
+    mode = "squash" if family in ("vit_hf", "beit_hf", "dinov3", "siglip", "siglip_npz") else "center"
     usual = Preprocessing(size, 255.0, mean, std, _scaled(size, ratio), interpolation, mode)
     if processor is not None:
         return _hugging_face(usual, processor)

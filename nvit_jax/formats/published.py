@@ -55,6 +55,10 @@ _SIZES: dict[str, tuple[int, int, int, int]] = {  # embed, blocks, mlp, heads
     "giantopt": (1536, 40, 6144, 16),
     "gigantic": (1664, 48, 8192, 16),
     "giant_dinov2": (1536, 40, 4096, 24),
+    "eva02_tiny": (192, 12, 512, 3),
+    "eva02_small": (384, 12, 1024, 6),
+    "eva02_base": (768, 12, 2048, 12),
+    "eva02_large": (1024, 24, 2730, 16),
     "test_vit": (64, 6, 192, 2),
     "test_vit2": (64, 8, 192, 2),
 }
@@ -67,7 +71,7 @@ def readings(widths: Widths) -> set[Reading]:
 
 def _readings(w: Widths) -> Iterator[Reading]:
     size = next((n for n, (d, b, m, _) in _SIZES.items() if (d, (m,) * b) == (w.embed, w.mlp)), None)
-    if size is None or w.gated != (size == "giant_dinov2"):
+    if size is None or w.gated != (size == "giant_dinov2" or size.startswith("eva02")):
         return
     heads = _SIZES[size][3]
     yield Reading(heads, _activation(size, w))
@@ -108,7 +112,9 @@ def clip_tower(embed: int, patch: int, tokens: int, *, pre_norm: bool) -> str | 
 
 # --------------------------------------------------------------------------------------------------- names
 
-_NAME = re.compile(r"(vit|deit3|deit|flexivit|eva)_([a-z0-9]+)((?:_distilled)?_patch(\d+)_.+|)$")
+_NAME = re.compile(
+    r"(vit|deit3|deit|flexivit|eva02|eva|beit3|beitv2|beit)_([a-z0-9]+)((?:_distilled)?_patch(\d+)_.+|)$"
+)
 _TANH = re.compile(r"vit_(base_patch32_siglip_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip_|giantopt_)")
 _OTHER_NAMES = {  # how the projects name their files
     r"dino_(deit|vit)small": "small",
@@ -131,6 +137,11 @@ def architecture(text: str) -> str | None:
 def is_dinov3(name: str) -> bool:
     """Whether it is a DINOv3 of timm, whose tensors do not show its rotary positions."""
     return re.match(r"vit_\w+_patch\d+_dinov3(?=$|[._-])", name) is not None
+
+
+def is_eva02(name: str) -> bool:
+    """Whether it is an EVA-02, whose tensors need not show its rotary positions."""
+    return re.match(r"eva02_(?!enormous)\w+_patch", name) is not None
 
 
 def size_of(name: str) -> str | None:
@@ -158,6 +169,8 @@ def named_reading(name: str, embed: int, said: Mapping[str, object]) -> Reading 
     if size is None or (_SIZES[size][0] != embed and said.get("embed_dim") != embed):
         return None
     heads = 16 if name.startswith("vit_base_patch16_gap_224") else _SIZES[size][3]
-    if "_clip_" in name:
+    if name.startswith("beit3_"):
+        return Reading(heads, "gelu", 1e-5)
+    if "_clip_" in name and not name.startswith("eva"):
         return Reading(heads, "quick_gelu" if "_quickgelu_" in name else "gelu", 1e-5)
     return Reading(heads, "gelu_tanh" if _TANH.match(name) else "gelu")

@@ -59,13 +59,42 @@ class HeadNorm(nn.Module):
         return y * self.weight.view(self.heads, 1, -1) + self.bias.view(self.heads, 1, -1)
 
 
+class InnerNorm(nn.Module):
+    """The norm of the values of all heads, or of the neurons [B, N, W]: LayerNorm over `count` of them before pruning,
+    of which those that are gone count as 0."""
+
+    def __init__(self, width, count, eps):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.count, self.eps = count, eps
+
+    def forward(self, x):
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = y.sum(-1, keepdim=True) / self.count
+        gone = self.count - y.shape[-1]
+        variance = ((y - mean).square().sum(-1, keepdim=True) + gone * mean.square()) / self.count
+        return ((y - mean) * (variance + self.eps).rsqrt()).to(x.dtype) * self.weight + self.bias
+
+
+def relative_index(rows, columns):
+    """[N, N]: which bias a query (row) adds to its logit of a key (column), the class token in front, as in BEiT."""
+    places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(1)
+    down, across = places[:, :, None] - places[:, None, :]
+    patches = (down + rows - 1) * (2 * columns - 1) + across + columns - 1
+    last = (2 * rows - 1) * (2 * columns - 1)
+    index = F.pad(patches, (1, 0, 1, 0), value=last)
+    index[1:, 0], index[0, 0] = last + 1, last + 2
+    return index
+
+
 def sides(size):
     """(height, width) of a size: one number where they are alike."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of the angles by which the pairs of query/key dims are turned at each token, as in DINOv3.
+    """Cosines and sines of the angles by which the pairs of query/key dims are turned at each token, as in DINOv3, or
+    with rotary_grid as in EVA-02.
 
     Class tokens and registers are not turned. Places and frequencies are rounded to float32, as published.
     """
@@ -78,6 +107,9 @@ class Rotary(nn.Module):
         frequencies = (1 / (dims["rotary_base"] ** exponents).float()).double()
 
         def along(side):
+            if dims.get("rotary_grid"):
+                numbers = torch.arange(side, dtype=torch.float32) / side * dims["rotary_grid"]
+                return numbers.double()[:, None] * frequencies
             centres = 2 * (torch.arange(0.5, side, dtype=torch.float32) / side) - 1
             return (2 * math.pi * centres).double()[:, None] * frequencies
 
@@ -105,12 +137,18 @@ class Attention(nn.Module):
         self.heads, self.widths, self.scale = heads, (heads * qk, heads * qk, heads * v), dims["qk_scale"]
         self.qkv = nn.Linear(embed, sum(self.widths), bias=dims["qkv_bias"]) if heads else None
         self.proj = nn.Linear(heads * v, embed) if heads else Constant(embed)
-        self.q_norm = self.k_norm = self.turn = None
+        self.q_norm = self.k_norm = self.turn = self.norm = self.relative_position_bias_table = None
         if heads and dims.get("qk_norm_count"):
             self.q_norm, self.k_norm = (HeadNorm(heads, qk, dims["qk_norm_count"], dims["norm_eps"]) for _ in "qk")
         if heads and dims.get("rotary"):
             self.turn = Rotary(dims)
             self.register_buffer("rotary", torch.zeros(heads * qk // 2))  # the numbers of its pairs
+        if heads and dims.get("proj_norm_count"):
+            self.norm = InnerNorm(heads * v, dims["proj_norm_count"], dims["norm_eps"])
+        if heads and dims.get("relative"):
+            grid = (a // b for a, b in zip(sides(dims["image"]), sides(dims["patch"]), strict=True))
+            self.register_buffer("index", relative_index(*grid), persistent=False)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(int(self.index.max()) + 1, heads))
 
     def forward(self, x):
         if not self.heads:
@@ -123,8 +161,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.turn is not None:
             q, k = (self.turn(part, self.rotary.long()) for part in (q, k))
-        z = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
-        return self.proj(z.transpose(1, 2).flatten(2))
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        if self.relative_position_bias_table is not None:
+            logits = logits + self.relative_position_bias_table[self.index].permute(2, 0, 1)
+        z = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.proj(z if self.norm is None else self.norm(z))
 
 
 ACTIVATIONS = {
@@ -137,23 +178,27 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """fc1, the activation, fc2. Gated: the activation of fc1's first half times the other half."""
+    """fc1, the activation, fc2, perhaps with a norm in front.
 
-    def __init__(self, embed, hidden, activation, gated):
+    Gated: the activation of fc1's first half times the other half.
+    """
+
+    def __init__(self, embed, hidden, activation, gated, norm=None):
         super().__init__()
         self.gated = gated
         self.fc1 = nn.Linear(embed, (1 + gated) * hidden) if hidden else None
         self.fc2 = nn.Linear(hidden, embed) if hidden else Constant(embed)
         self.activation = activation
+        self.norm = InnerNorm(hidden, *norm) if hidden and norm else nn.Identity()
 
     def forward(self, x):
         if self.fc1 is None:
             return self.fc2(x)
         activation = ACTIVATIONS[self.activation]
         if not self.gated:
-            return self.fc2(activation(self.fc1(x)))
+            return self.fc2(self.norm(activation(self.fc1(x))))
         gate, hidden = self.fc1(x).chunk(2, -1)
-        return self.fc2(activation(gate) * hidden)
+        return self.fc2(self.norm(activation(gate) * hidden))
 
 
 class LayerScale(nn.Module):
@@ -194,7 +239,9 @@ class Block(nn.Module):
         d = dims["embed"]
         self.norm1, self.norm2 = (make_norm(dims) if dims[units][i] else nn.Identity() for units in ("heads", "mlp"))
         self.attn = Attention(dims, i)
-        self.mlp = Mlp(d, dims["mlp"][i], dims["activation"], dims.get("gated", False))  # older files have no gates
+        count = dims.get("fc2_norm_count")  # older files have none, and no gates
+        norm = (count, dims["norm_eps"]) if count else None
+        self.mlp = Mlp(d, dims["mlp"][i], dims["activation"], dims.get("gated", False), norm)
         self.ls1, self.ls2 = (LayerScale(d) if dims["layer_scale"] else nn.Identity() for _ in range(2))
 
     def forward(self, x):

@@ -166,7 +166,7 @@ def _image_features(model: Any, given: Mapping[str, Any]) -> Any:
 
 _FEATURES: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {  # what towers of images give out
     **dict.fromkeys(
-        ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel"),
+        ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel", "BeitModel", "Data2VecVisionModel"),
         lambda model, given: model(**given).pooler_output,
     ),
     **dict.fromkeys(("CLIPModel", "SiglipModel", "Siglip2Model"), _image_features),

@@ -76,7 +76,9 @@ class ReleasedTable:
     def blocks(self, dims: ViTDims) -> list[float]:
         """Seconds of every block. UserError for parts of other kinds than those that were measured."""
         unknown = {"gated mlp (SwiGLU)": dims.gated, "norm of queries and keys": dims.qk_norm_count}
-        for what, there in (unknown | {"rotary positions": dims.rotary}).items():
+        unknown |= {"rotary positions": dims.rotary, "relative positions": dims.relative}
+        unknown |= {"norms inside of attention or mlp": dims.proj_norm_count or dims.fc2_norm_count}
+        for what, there in unknown.items():
             if there:
                 raise UserError(f"the released latency table knows no {what}; measure one, or take a target of MACs")
         return [

@@ -24,6 +24,7 @@ CHOICES = {
 }
 _MINIMUM = dict.fromkeys(("registers", "pre_logits", "classes", "norm_count", "qk_norm_count", "rotary"), 0)
 _MINIMUM |= dict.fromkeys(("projection", "pool_width", "pool_heads", "pool_mlp"), 0)
+_MINIMUM |= dict.fromkeys(("rotary_grid", "proj_norm_count", "fc2_norm_count"), 0)
 # Far above every model that there is: what lies beyond is a mistake, and would take all memory to find out.
 _MAXIMUM = {
     "image": 2**14,
@@ -34,6 +35,9 @@ _MAXIMUM = {
     "norm_count": 2**17,
     "qk_norm_count": 2**15,
     "rotary": 2**14,
+    "rotary_grid": 2**14,
+    "proj_norm_count": 2**26,
+    "fc2_norm_count": 2**20,
     "registers": 2**12,
     "pre_logits": 2**17,
     "projection": 2**17,
@@ -105,6 +109,12 @@ class ViTDims:
     qk_norm_count: int = 0  # the same of the norm of queries and keys, see layers.HeadNorm; 0 for no such norm
     rotary: int = 0  # pairs of query/key dims of a head before pruning, turned by the patch's place; 0 for none
     rotary_base: float = 100.0  # the larger, the slower the last of them are turned, see positions.rotary_angles
+    rotary_grid: int = 0  # patches are numbered as in a grid of this many rows and columns; 0: by their centres
+    relative: bool = False  # each head adds a bias to its logits, by how two patches lie, see positions.relative_index
+    # What the norm in front of the output projection, or of fc2, is over before pruning: the value dims of all heads,
+    # or the neurons, see layers.InnerNorm; 0 for no such norm.
+    proj_norm_count: int = 0
+    fc2_norm_count: int = 0
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm in front of the first block; what it gives out is the residual stream (CLIP)
     projection: int = 0  # features are those of a linear layer of this width, without bias (CLIP); 0 for none
@@ -153,6 +163,7 @@ class ViTDims:
                 f"dims: rotary={self.rotary} must be even, half of it for rows and half for columns, and no less than "
                 f"qk, which counts pairs; its largest is {max(self.qk)}"
             )
+        _check_inside(self)
         _check_pool(self)
         _check_size(self)
 
@@ -236,6 +247,12 @@ class ViTDims:
     def paired(self) -> int:
         """Query/key dims of a unit: 2 with rotary positions."""
         return 2 if self.rotary else 1
+
+    @property
+    def distances(self) -> int:
+        """Ways in which two tokens lie to each other: patches by rows and columns, and three with the class token."""
+        rows, columns = self.grid
+        return (2 * rows - 1) * (2 * columns - 1) + 3
 
     @property
     def classifiers(self) -> int:
@@ -331,6 +348,23 @@ def _check_values(dims: ViTDims) -> None:
                 object.__setattr__(dims, name, widths)
 
 
+def _check_inside(dims: ViTDims) -> None:
+    """UserError unless what stands inside of the parts goes with the rest."""
+    values = [h * v for h, v in zip(dims.heads, dims.v, strict=True)]
+    for name, found, what in (
+        ("proj_norm_count", max(values), "value dims of all heads"),
+        ("fc2_norm_count", max(dims.mlp), "neurons"),
+    ):
+        if getattr(dims, name) and getattr(dims, name) < found:
+            raise UserError(
+                f"dims: {name}={getattr(dims, name)} is less than the {found} {what}; it is their number before pruning"
+            )
+    if dims.rotary_grid and not dims.rotary:
+        raise UserError(f"dims: rotary_grid={dims.rotary_grid} goes with rotary positions")
+    if dims.relative and not (dims.cls_token and dims.prefix == 1):
+        raise UserError("dims: relative=True needs a class token, and no distillation token or registers")
+
+
 def _check_pool(dims: ViTDims) -> None:
     """UserError unless the widths of attention pooling and of the projection go with the rest."""
     widths = {name: getattr(dims, name) for name in ("pool_width", "pool_heads", "pool_mlp")}
@@ -401,6 +435,8 @@ def block_params(dims: ViTDims, block: int) -> int:
     qkv, norms = h * (2 * each + v), 1 * (h > 0) + (m > 0)
     always = 2 * d + 2 * d * dims.layer_scale  # the biases behind both parts
     inside = 4 * h * each * (dims.qk_norm_count > 0) + h * q * (dims.rotary > 0)  # two norms; the numbers of the pairs
+    inside += h * dims.distances * dims.relative
+    inside += 2 * h * v * (dims.proj_norm_count > 0) + 2 * m * (dims.fc2_norm_count > 0)
     mlp = _hidden_layers(dims) * (d * m + m) + d * m
     return always + norm_params(dims) * norms + d * qkv + qkv * dims.qkv_bias + inside + h * v * d + mlp
 

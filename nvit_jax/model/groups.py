@@ -40,8 +40,11 @@ AXES: dict[str, Axes] = {
     "block/k_norm/scale": ("head", "qk"),
     "block/k_norm/bias": ("head", "qk"),
     "block/rotary": ("head", "qk"),  # which of the pairs before pruning it is: a constant
+    "block/relative": ("head", None),  # [H, distances] biases of the logits
     "block/v/kernel": ("embed", "head", "v"),
     "block/v/bias": ("head", "v"),
+    "block/proj_norm/scale": ("head", "v"),
+    "block/proj_norm/bias": ("head", "v"),
     "block/proj/kernel": ("head", "v", "embed"),
     "block/proj/bias": _STREAM,
     "block/scale1": _STREAM,  # LayerScale
@@ -51,6 +54,8 @@ AXES: dict[str, Axes] = {
     "block/fc1/bias": ("mlp",),
     "block/fc1_gate/kernel": ("embed", "mlp"),  # a gated mlp's
     "block/fc1_gate/bias": ("mlp",),
+    "block/fc2_norm/scale": ("mlp",),
+    "block/fc2_norm/bias": ("mlp",),
     "block/fc2/kernel": ("mlp", "embed"),
     "block/fc2/bias": _STREAM,
     "block/scale2": _STREAM,
@@ -83,8 +88,8 @@ AXES: dict[str, Axes] = {
 
 PAIRED = ("q", "k", "q_norm", "k_norm")  # of a block
 # What goes with the last head ("head") or neuron ("mlp") of a block. The biases behind the parts stay, and LayerScale.
-_PARTS = dict.fromkeys(("norm1", *PAIRED, "rotary", "v", "proj/kernel"), "head")
-_PARTS |= dict.fromkeys(("norm2", "fc1", "fc1_gate", "fc2/kernel"), "mlp")
+_PARTS = dict.fromkeys(("norm1", *PAIRED, "rotary", "relative", "v", "proj_norm", "proj/kernel"), "head")
+_PARTS |= dict.fromkeys(("norm2", "fc1", "fc1_gate", "fc2_norm", "fc2/kernel"), "mlp")
 
 
 def part_of(path: str) -> str | None:

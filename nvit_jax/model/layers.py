@@ -194,8 +194,8 @@ class RMSNorm(nn.Module):
         return out.astype(self.dtype or x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k') v of each head: q, k [B, N, H, Q], v [B, N, H, V] -> [B, N, H, V].
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k' + bias) v of each head: q, k [B, N, H, Q], v [B, N, H, V], bias [H, N, N] -> [B, N, H, V].
 
     Plain products of matrices with the heads in front are what a CPU has fast kernels for. The sum of the weights
     divides their product with the values, which is smaller than the weights.
@@ -203,6 +203,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     logits = q @ jnp.swapaxes(k, 2, 3)
     logits = logits.astype(wide(logits.dtype))
+    logits = logits if bias is None else logits + bias.astype(logits.dtype)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     z = weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True)
     return jnp.swapaxes(z.astype(v.dtype), 1, 2)
@@ -227,6 +228,32 @@ class HeadNorm(nn.Module):
         y = x.astype(wide(x.dtype))
         squares = jnp.square(y).sum(tuple(range(3, y.ndim)), keepdims=True)
         out = y * jax.lax.rsqrt(squares / self.count + self.eps) * scale + bias
+        return out.astype(self.dtype or x.dtype)
+
+
+class InnerNorm(nn.Module):
+    """LayerNorm inside of a part, in front of its last layer: over the value dims of all heads, x [B, N, H, V], or over
+    the neurons, x [B, N, M] (NormFormer, Shleifer et al. 2021).
+
+    `count` is their number before pruning. Those that are removed are to be 0 in x, and stay in mean and variance as
+    such, so that what is left is scaled as it was.
+    """
+
+    count: int
+    eps: float
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[2:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[2:])
+        y = x.astype(wide(x.dtype))
+        axes = tuple(range(2, y.ndim))
+        mean = y.sum(axes, keepdims=True) / self.count
+        centred = y - mean
+        gone = self.count - np.prod(x.shape[2:])
+        variance = (jnp.square(centred).sum(axes, keepdims=True) + gone * jnp.square(mean)) / self.count
+        out = centred * jax.lax.rsqrt(variance + self.eps) * scale + bias
         return out.astype(self.dtype or x.dtype)
 
 

@@ -31,6 +31,11 @@ def interpolated(
     """The same checkpoint for another image size, and a line that says so. UserError where that cannot be."""
     if not dims.divides(image):
         raise UserError(f"--image={sizes.words(image)} is not divisible by the patch size {sizes.words(dims.patch)}")
+    if dims.relative:
+        raise UserError(
+            f"--image={sizes.words(image)}: the model has relative positions for {sizes.words(dims.image)} pixels, "
+            "whose interpolation is not built"
+        )
     if dims.positions == "none" and dims.rotary:
         return dataclasses.replace(dims, image=image), shapes, read, "rotary positions take any image size"
     if dims.positions == "none":
@@ -82,8 +87,9 @@ def rotary_angles(dims: ViTDims) -> np.ndarray:
     """[N, rotary] in radians: by how much the pairs of queries and keys are turned at each token.
 
     As in DINOv3: the centres of the patches lie between -1 and 1. Half of the pairs follow the row, half the column,
-    the j-th of such a half by 2 pi base^(-j / half) times the place. Class tokens and registers are not turned. Places
-    and frequencies are rounded to float32, as published.
+    the j-th of such a half by 2 pi base^(-j / half) times the place. With `rotary_grid`, as in EVA-02, rows and columns
+    are numbered from 0, stretched to that grid, and turn by base^(-j / half) times the number. Class tokens and
+    registers are not turned. Places and frequencies are rounded to float32, as published.
     """
     if not dims.rotary:
         return np.zeros((dims.tokens, 0))
@@ -92,11 +98,29 @@ def rotary_angles(dims: ViTDims) -> np.ndarray:
     frequencies = np.float32(1) / (dims.rotary_base ** exponents.astype(np.float64)).astype(np.float32)
 
     def along(side: int) -> np.ndarray:
+        if dims.rotary_grid:
+            numbers = np.arange(side, dtype=np.float32) / np.float32(side) * np.float32(dims.rotary_grid)
+            return numbers.astype(np.float64)[:, None] * frequencies.astype(np.float64)
         centres = np.float32(2) * (np.arange(0.5, side, dtype=np.float32) / np.float32(side)) - np.float32(1)
         return (np.float32(2 * np.pi) * centres).astype(np.float64)[:, None] * frequencies.astype(np.float64)
 
     down, across = np.repeat(along(rows), columns, 0), np.tile(along(columns), (rows, 1))
     return np.concatenate([np.zeros((dims.prefix, dims.rotary)), np.concatenate([down, across], 1)])
+
+
+def relative_index(dims: ViTDims) -> np.ndarray:
+    """[N, N] whole numbers: which of the `dims.distances` biases a query (row) adds to its logit of a key (column).
+
+    As in BEiT (Bao et al. 2022): for patches by how many rows and columns the query lies behind the key. The last three
+    are of the class token to a patch, of a patch to the class token, and of the class token to itself.
+    """
+    rows, columns = dims.grid
+    row, column = (places.reshape(-1) for places in np.mgrid[:rows, :columns])
+    down, across = (place[:, None] - place[None, :] for place in (row, column))
+    index = np.empty((dims.tokens, dims.tokens), np.int32)
+    index[1:, 1:] = (down + rows - 1) * (2 * columns - 1) + across + columns - 1
+    index[0, :], index[:, 0], index[0, 0] = dims.distances - 3, dims.distances - 2, dims.distances - 1
+    return index
 
 
 def with_sincos(shapes: Shapes, read: Read) -> tuple[Shapes, Read]:

@@ -30,6 +30,7 @@ from nvit_jax.model.layers import (
     Dense,
     Dtype,
     HeadNorm,
+    InnerNorm,
     LayerNorm,
     RMSNorm,
     attend,
@@ -42,7 +43,7 @@ from nvit_jax.model.layers import (
     turn,
     wide,
 )
-from nvit_jax.model.positions import rotary_angles
+from nvit_jax.model.positions import relative_index, rotary_angles
 
 PARTS = ("attention", "mlp")  # of a block
 PIECES = ("stem", "blocks", "classifier")  # of a model
@@ -61,7 +62,8 @@ class Block(nn.Module):
     """Attention and mlp, pre-norm. Kernels: q, k [D, H, Q], v [D, H, V], proj [H, V, D], fc1 [D, M], fc2 [M, D].
 
     With rotary positions q and k are [D, H, Q, 2]. A gated mlp has fc1_gate [D, M] as well, whose activation is
-    multiplied to fc1's output.
+    multiplied to fc1's output. In front of proj and fc2 there may be norms, proj_norm [H, V] and fc2_norm [M], and
+    relative positions are biases `relative` [H, distances] of the logits.
 
     Of an attention without heads proj/bias is left, of an mlp without neurons fc2/bias: a constant in the stream.
     """
@@ -107,8 +109,11 @@ class Block(nn.Module):
             q, k, qk_gate = self._inside(q, k, gates.qk)
             self.sow(TAPS, "queries", q)
             self.sow(TAPS, "keys", k)
-            z = gate(attend(gate(q, qk_gate) * d.qk_scale, k, v), gates.v)
-            z = z if gates.head is None else gate(z, gates.head[..., None])
+            z = attend(gate(q, qk_gate) * d.qk_scale, k, v, self._relative())
+            heads = None if gates.head is None else gates.head[..., None]
+            if d.proj_norm_count:
+                z = self._normed("proj_norm", d.proj_norm_count, z, gates.v, heads)
+            z = gate(gate(z, gates.v), heads)
             self.sow(TAPS, "features", z)
             y = dense((d.embed,), axes=2, name="proj")(z)
             x = x + write(dropout(y, branch_keys[0], self.dropout), "scale1", branch_keys[1])
@@ -122,11 +127,27 @@ class Block(nn.Module):
             hidden = dense((d.mlp[i],), name="fc1")(y)
             activation = ACTIVATIONS[d.activation]
             y = activation(dense((d.mlp[i],), name="fc1_gate")(y)) * hidden if d.gated else activation(hidden)
+            if d.fc2_norm_count:
+                y = self._normed("fc2_norm", d.fc2_norm_count, y, gates.mlp)
             y = gate(y, gates.mlp)
             self.sow(TAPS, "features", y)
             y = dense((d.embed,), name="fc2")(y)
             x = x + write(dropout(y, branch_keys[2], self.dropout), "scale2", branch_keys[3])
         return x, None
+
+    def _relative(self) -> jax.Array | None:
+        """[H, N, N] biases of the logits."""
+        d = self.dims
+        if not d.relative:
+            return None
+        table = self.param("relative", kernel_init, (d.heads[self.index], d.distances))
+        return jnp.take(table, relative_index(d), axis=1)
+
+    def _normed(self, name: str, count: int, x: jax.Array, *gates: jax.Array | None) -> jax.Array:
+        """Behind the norm in front of a part's last layer, which sees no unit that is gone."""
+        for units in gates:
+            x = gate(x, None if units is None else jax.lax.stop_gradient(units))
+        return InnerNorm(count, self.dims.norm_eps, self.dtype, name=name)(x)
 
     def _inside(
         self, q: jax.Array, k: jax.Array, units: jax.Array | None

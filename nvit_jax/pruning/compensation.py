@@ -23,6 +23,8 @@ from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 READERS = {"attention": ("q", "k", "v"), "mlp": ("fc1", "fc1_gate")}  # of the stream, in the parts of a block
 ORDER = 1e-2  # ridge of the fits that features are chosen by
 TOKENS = 0.25  # power of the tokens' weights in them
+# A norm in front of a part's last layer, and what makes the features that it is over.
+NORMS = {"attention": ("proj_norm", "v"), "mlp": ("fc2_norm", "fc1")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,10 @@ def written(block: Params, name: str, rows: np.ndarray, found: Fit) -> Params:
 
 
 def masked_block(block: Params, masks: Units, index: int) -> Params:
-    """A block without what its masks remove: the queries and keys, and the rows of its writers, are 0."""
+    """A block without what its masks remove: the queries and keys, and the rows of its writers, are 0.
+
+    So are the features, where a norm stands in front of the writer.
+    """
 
     def at(kind: str, shape: tuple[int, ...]) -> Any:
         return getattr(masks, kind)[index][tuple(slice(0, n) for n in shape)]
@@ -102,9 +107,19 @@ def masked_block(block: Params, masks: Units, index: int) -> Params:
         heads, values, _ = out["proj"]["kernel"].shape
         live = at("head", (heads,))[:, None] * at("v", (heads, values))
         out["proj"]["kernel"] = np.asarray(out["proj"]["kernel"] * live[..., None])
+        _clear(out, "attention", live)
     if "fc1" in out:
-        out["fc2"]["kernel"] = np.asarray(out["fc2"]["kernel"] * at("mlp", out["fc2"]["kernel"].shape[:1])[:, None])
+        live = at("mlp", out["fc2"]["kernel"].shape[:1])
+        out["fc2"]["kernel"] = np.asarray(out["fc2"]["kernel"] * live[:, None])
+        _clear(out, "mlp", live)
     return out
+
+
+def _clear(block: Params, part: str, live: Any) -> None:
+    """Features that are gone become 0 in front of the part's norm, and behind it."""
+    if NORMS[part][0] in block:
+        for name in NORMS[part]:
+            block[name] = {leaf: np.asarray(value * live) for leaf, value in block[name].items()}
 
 
 def value_features(bases: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -154,7 +169,10 @@ def compensate(
                     readers = tuple(n for n in READERS[part] if n in block)
                     block = align(block, readers, inputs, embed, feel, use_held=use_held)
             found = part_moments(walk, block, kept, index, part, ours, after)
-            block, kept = compensate_part(dims, block, kept, index, part, found, feel, chosen, use_held=use_held)
+            block, found = choose(dims, block, kept, index, part, found, feel, chosen, use_held=use_held)
+            if NORMS[part][0] in block:  # which sees other features now
+                found = part_moments(walk, block, kept, index, part, ours, after, cut=True)
+            block = fit_part(dims, block, kept, index, part, found, feel, use_held=use_held)
             ours = walk.advance(part, padded_block(dims, masked_block(block, kept, index)), ours, embed)
             before = after
         out[name] = block
@@ -205,21 +223,31 @@ def align(
 
 
 def part_moments(
-    walk: Walk, block: Params, masks: Units, index: int, part: str, ours: Streams, after: Streams
+    walk: Walk,
+    block: Params,
+    masks: Units,
+    index: int,
+    part: str,
+    ours: Streams,
+    after: Streams,
+    *,
+    cut: bool = False,
 ) -> tuple[TokenMoments, TokenMoments]:
     """(to fit, held back): all features of a part whose queries and keys are cut, and what it should write.
 
-    `ours` is the cut model's stream in front of the part, `after` the dense model's behind it.
+    `ours` is the cut model's stream in front of the part, `after` the dense model's behind it. With `cut` the features
+    that the masks remove are 0 for a norm in front of the part's last layer.
     """
-    cut = masked_block(block, masks, index)
-    whole = padded_block(walk.dims, block | {name: cut[name] for name in PAIRED if name in cut})
+    masked = masked_block(block, masks, index)
+    taken = (*PAIRED, *NORMS[part]) if cut and NORMS[part][0] in block else PAIRED
+    whole = padded_block(walk.dims, block | {name: masked[name] for name in taken if name in masked})
     rows = feature_rows(walk.dims, index, part)
     embed = None if np.all(masks.embed) else np.asarray(masks.embed)
     fitted, held = (pick(found, rows) for found in walk.gather(part, whole, ours, after, embed))
     return fitted, held
 
 
-def compensate_part(
+def choose(
     dims: ViTDims,
     block: Params,
     masks: Units,
@@ -230,13 +258,10 @@ def compensate_part(
     chosen: Chosen,
     *,
     use_held: bool,
-) -> tuple[Params, Units]:
-    """One part of one block, compensated, and masks with what it keeps, which are changed in place.
-
-    Of a part that keeps nothing the bias is fitted: the mean of what it should write.
-    """
+) -> tuple[Params, tuple[TokenMoments, TokenMoments]]:
+    """What stays of one part of one block, where that is `chosen` anew: the masks are changed in place, which keep as
+    many as before. The block is returned in the basis of its value dims that they mean, with its moments in it."""
     fitted, held = moments
-    _, start, _ = writer(block, part)
     both = (fitted + held if use_held else fitted).together(felt.shares(TOKENS))
     if part == "mlp":
         live = masks.mlp[index][: dims.mlp[index]] > 0
@@ -245,19 +270,40 @@ def compensate_part(
             live = np.zeros(len(live), bool)
             live[order[len(order) - int(masks.mlp[index].sum()) :]] = True
             masks.mlp[index, : len(live)] = live
-        keep = np.flatnonzero(live)
-        found = fit(pick(fitted, keep), pick(held, keep), start[keep], felt, use_held=use_held)
-        return written(block, part, keep, found), masks
+        return block, moments
     heads, width = dims.heads[index], dims.v[index]
     live = masks.v[index][:heads, :width] * masks.head[index][:heads, None]
-    bases = np.tile(np.eye(width), (heads, 1, 1))
-    if chosen.values and live.any() and not live.all():
-        live = np.sort(live, axis=1)[:, ::-1]  # the first of the new basis
-        masks.v[index, :heads, :width] = live
-        bases, _ = rebasis.value_basis(both, felt.metric, masks.head[index][:heads], width, ORDER)
-        block = rebasis.change(block, bases, None)
-        _, start, _ = writer(block, part)
-    features = value_features(bases, live)
+    if not (chosen.values and live.any() and not live.all()):
+        return block, moments
+    masks.v[index, :heads, :width] = np.sort(live, axis=1)[:, ::-1]  # the first of the new basis
+    there, fixed = masks.head[index][:heads], "proj_norm" in block
+    bases, _ = rebasis.value_basis(both, felt.metric, there, width, ORDER, fixed=fixed)
+    features = value_features(bases, np.ones((heads, width)))
+    return rebasis.change(block, bases, None), (fitted.mapped(features), held.mapped(features))
+
+
+def fit_part(
+    dims: ViTDims,
+    block: Params,
+    masks: Units,
+    index: int,
+    part: str,
+    moments: tuple[TokenMoments, TokenMoments],
+    felt: Sensitivity,
+    *,
+    use_held: bool,
+) -> Params:
+    """One part of one block with its writer fitted to what it should write, by the features that the masks keep.
+
+    Of a part that keeps nothing the bias is fitted: the mean of what it should write.
+    """
+    fitted, held = moments
+    _, start, _ = writer(block, part)
+    if part == "mlp":
+        live = masks.mlp[index][: dims.mlp[index]]
+    else:
+        heads, width = dims.heads[index], dims.v[index]
+        live = masks.v[index][:heads, :width] * masks.head[index][:heads, None]
     keep = np.flatnonzero(live.reshape(-1))
-    found = fit(fitted.mapped(features), held.mapped(features), start[keep], felt, use_held=use_held)
-    return written(block, part, keep, found), masks
+    found = fit(pick(fitted, keep), pick(held, keep), start[keep], felt, use_held=use_held)
+    return written(block, part, keep, found)

@@ -22,7 +22,7 @@ from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.pruning import compensation, rebasis
-from nvit_jax.pruning.compensation import ORDER, TOKENS, Chosen
+from nvit_jax.pruning.compensation import NORMS, ORDER, TOKENS
 from nvit_jax.pruning.leastsquares import removal, solve
 from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
 from nvit_jax.pruning.statistics import Streams, Walk, padded_block
@@ -30,7 +30,6 @@ from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 CUTS = (0.625, 0.375, 0.125)  # widths that are really cut to, of the whole
 _JUDGED = 60  # held-back images, about, that are looked at after a real cut
 _LEAST = 1e-7  # divergence that rounding makes
-_KEEP = Chosen(values=False, neurons=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,8 @@ def _attention_curves(
 
     attention = compensation.part_moments(walk, block, full_masks(dims), index, "attention", before, middle)
     both = (attention[0] + attention[1]).together(felt.shares(TOKENS))
-    bases, curves["v"] = rebasis.value_basis(both, felt.metric, np.ones(heads), width, ORDER)
+    fixed = "proj_norm" in block
+    bases, curves["v"] = rebasis.value_basis(both, felt.metric, np.ones(heads), width, ORDER, fixed=fixed)
     curves["head"] = _head_losses(both, felt.metric, heads)
     if turned:
         block = turn(rebasis.change(block, bases, None))
@@ -260,11 +260,9 @@ class _Judge:
         at = int(kind == "mlp")
         part, before, after = vit.PARTS[at], streams[at], streams[at + 1]
         moments = found.moments[part]
-        if kind == "qk":  # other logits, other features
-            moments = compensation.part_moments(walk, found.block, masks, index, part, before, after)
-        block, masks = compensation.compensate_part(
-            walk.dims, found.block, masks, index, part, moments, felt[at], _KEEP, use_held=False
-        )
+        if kind == "qk" or NORMS[part][0] in found.block:  # other logits, or another norm: other features
+            moments = compensation.part_moments(walk, found.block, masks, index, part, before, after, cut=True)
+        block = compensation.fit_part(walk.dims, found.block, masks, index, part, moments, felt[at], use_held=False)
         ready = padded_block(walk.dims, compensation.masked_block(block, masks, index))
         x = walk.advance(part, ready, [before[i] for i in self.held])
         x = walk.advance("mlp", ready, x) if part == "attention" else x

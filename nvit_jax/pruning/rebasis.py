@@ -25,7 +25,7 @@ _EVEN = 1e-6  # of the mean variance is added to moments that a basis comes from
 
 
 def value_basis(
-    moments: Moments, metric: np.ndarray, heads: np.ndarray, width: int, strength: float
+    moments: Moments, metric: np.ndarray, heads: np.ndarray, width: int, strength: float, *, fixed: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal bases of the value dims of all heads, and what fewer of them cost.
 
@@ -35,6 +35,7 @@ def value_basis(
     Args:
       moments: of the values [heads * width], before the output projection.
       heads: [H] 1 for those that there are. A basis of another is the identity.
+      fixed: the dims themselves go, and the bases are other orders of them.
 
     Returns:
       bases [H, V, V], columns by importance; cost [width + 1], half the error in the metric when the last 0, 1, ...
@@ -54,7 +55,7 @@ def value_basis(
     for rank in range(width, 0, -1):
         for i, head in enumerate(live):
             own = slice(i * rank, (i + 1) * rank)
-            turn = _last(weights[own], inverse[own, own])
+            turn = (_last_dim if fixed else _last)(weights[own], inverse[own, own])
             weights[own] = turn.T @ weights[own]
             inverse[own] = turn.T @ inverse[own]
             inverse[:, own] = inverse[:, own] @ turn
@@ -76,6 +77,15 @@ def _last(weights: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     mirror = -np.copysign(1.0, u[-1]) * u  # below 0 in the last place: no cancellation
     mirror[-1] -= 1
     return np.asarray(np.eye(len(u)) - 2 * np.outer(mirror, mirror) / (mirror @ mirror))
+
+
+def _last_dim(weights: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """As `_last`, of the dims as they are: the one that goes changes places with the last one."""
+    losses = np.square(weights).sum(1) / np.maximum(np.diag(inverse), np.finfo(float).tiny)
+    order = np.arange(len(weights))
+    least = int(losses.argmin())
+    order[[least, -1]] = order[[-1, least]]
+    return np.asarray(np.eye(len(weights))[:, order])
 
 
 def logit_basis(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,11 +135,13 @@ def change(params: Params, value: np.ndarray | None, logits: tuple[np.ndarray, n
     """A block's parameters in other bases: value [H, V, V] orthonormal; logits (A, B), each [H, Q, Q].
 
     The function stays. In the parameters' own types; kernels as in vit.Block. UserError for logits of queries and keys
-    that a norm or rotary positions see dim by dim.
+    that a norm or rotary positions see dim by dim, and for values that a norm sees so; their order may change.
     """
     if logits is not None and (fixed := [name for name in ("q_norm", "rotary") if name in params]):
         what = "are normalised" if fixed[0] == "q_norm" else "have rotary positions"
         raise UserError(f"queries and keys that {what} cannot be put into another basis; they can be reordered")
+    if value is not None and "proj_norm" in params and not np.isin(value, (0, 1)).all():
+        raise UserError("values that are normalised cannot be put into another basis; they can be reordered")
     out = {name: dict(leaves) if isinstance(leaves, dict) else leaves for name, leaves in params.items()}
 
     def turn(name: str, basis: np.ndarray) -> None:
@@ -139,6 +151,8 @@ def change(params: Params, value: np.ndarray | None, logits: tuple[np.ndarray, n
 
     if value is not None:
         turn("v", value)
+        if "proj_norm" in out:
+            turn("proj_norm", value)
         kernel: Any = np.asarray(out["proj"]["kernel"])
         turned = np.einsum("hij,hid->hjd", value, kernel.astype(np.float64))
         out["proj"]["kernel"] = turned.astype(kernel.dtype)

@@ -19,6 +19,7 @@ from nvit_jax.pruning.moments import spectrum
 
 _READERS = {"norm1": ("q", "k", "v"), "norm2": ("fc1", "fc1_gate")}  # of a block's norms
 _WRITERS = {"proj": "scale1", "fc2": "scale2"}  # and their LayerScale
+_INSIDE = ("q_norm", "k_norm", "rotary", "relative", "proj_norm", "fc2_norm")  # stay as they are
 
 
 def to_rmsnorm(dims: ViTDims, params: Params) -> tuple[ViTDims, Params]:
@@ -72,7 +73,7 @@ def _check(dims: ViTDims) -> None:
 
 
 def _block(block: Params) -> Params:
-    out: Params = {name: block[name] for name in ("q_norm", "k_norm", "rotary") if name in block}
+    out: Params = {name: block[name] for name in _INSIDE if name in block}
     for norm, readers in _READERS.items():
         if norm in block:  # else the part is gone
             out |= {name: _reader(block[name], block[norm]) for name in readers if name in block}

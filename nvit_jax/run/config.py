@@ -56,6 +56,10 @@ def default_config() -> ConfigDict:
     vit.qk_norm_count = placeholder(int)  # RMSNorm over a head's queries and keys; their dims; None or 0: none
     vit.rotary = placeholder(int)  # rotary positions: pairs of query/key dims of a head, even; None or 0: none
     vit.rotary_base = placeholder(float)  # of their frequencies; None: 100, as in DINOv3
+    vit.rotary_grid = placeholder(int)  # patches are numbered as in a grid of this side, as in EVA-02; None or 0: not
+    vit.relative = placeholder(bool)  # with a bias of the logits by how two patches lie, as in BEiT
+    vit.proj_norm_count = placeholder(int)  # norm in front of attention's last layer; value dims of all heads; 0: none
+    vit.fc2_norm_count = placeholder(int)  # norm in front of the mlp's last layer; its neurons; None or 0: none
     vit.init_std = 0.02  # of kernels and tokens (DeiT)
     vit.position_std = 0.02  # of position embeddings
 

@@ -149,9 +149,8 @@ class Draw:
             for part, feel in zip(vit.PARTS, self.felt[2 * index : 2 * index + 2], strict=True):
                 after = walk.advance(part, original, before)
                 found = compensation.part_moments(walk, block, kept, index, part, before, after)
-                block, kept = compensation.compensate_part(
-                    dims, block, kept, index, part, found, feel, chosen, use_held=True
-                )
+                block, found = compensation.choose(dims, block, kept, index, part, found, feel, chosen, use_held=True)
+                block = compensation.fit_part(dims, block, kept, index, part, found, feel, use_held=True)
                 before = after
             out[name] = block
         return self.cut(out, kept)

@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
 import nvit_jax as nvit
+from nvit_jax.formats import torch_vit
 from nvit_jax.model import vit
 from nvit_jax.model.groups import flatten
+from nvit_jax.model.preprocessing import normalise
 from nvit_jax.pruning import cross, one_shot, statistics
 from nvit_jax.pruning.compensation import Compensated
 from nvit_jax.training.monitor import Monitor
@@ -75,6 +78,36 @@ def test_rotary_pairs_are_selected(rotary_model, digits):
     np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
     for block in (b for name, b in found.model.params.items() if name.startswith("block_") and "rotary" in b):
         assert all(len(set(row)) == len(row) and set(row) <= set(range(16)) for row in np.asarray(block["rotary"]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary": 16, "v": 16, "rotary_grid": 2, "gated": True, "activation": "silu"}
+        | {"proj_norm_count": 32, "fc2_norm_count": 64},
+        {"relative": True, "positions": "none", "pool": "mean", "norm_after_pool": True},
+    ],
+    ids=["eva02", "beit"],
+)
+def test_norms_and_positions_inside_of_the_parts(changes, digits_model, digits, tmp_path):
+    """What is left is compensated behind norms that see it alone, goes out, and is what PyTorch computes."""
+    values = {"image": 8, "patch": 4, "channels": 1, "classes": 10, "embed": 32, "depth": 2, "heads": 2, "mlp": 64}
+    dims = nvit.ViTDims.uniform(**values | changes)
+    model = nvit.Model(dims, vit.init(dims, jax.random.key(0), std=0.1, position_std=0.5), info=digits_model.info)
+    found = prune(model, digits[0], macs=0.6)
+    assert found.record["compensated"] and found.record["divergence_compensated"] < found.record["divergence_cut"]
+    np.testing.assert_allclose(found.masked(digits[0]), found.model(digits[0]), atol=2e-4)
+    small = found.model.dims
+    assert sum(small.mlp) < 128 and (small.proj_norm_count, small.fc2_norm_count) == (
+        dims.proj_norm_count,
+        dims.fc2_norm_count,
+    )
+    nvit.export(found.model, tmp_path, ("safetensors",), say=lambda line: None)
+    twin = torch_vit.load(tmp_path / "safetensors" / "model.safetensors")
+    pixels = np.asarray(normalise(digits[0], found.model.preprocessing), np.float32)
+    with torch.inference_mode():
+        expected = twin(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(found.model(digits[0]), expected, atol=2e-4)
 
 
 def test_compensated_models_go_out_and_come_back(rotary_model, digits, tmp_path):

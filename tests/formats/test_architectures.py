@@ -33,7 +33,8 @@ PLAIN = {
         for leaf in ("weight", "bias")
     ),
     *("blocks.0.ls1.gamma", "blocks.0.ls2.gamma"),
-    *(f"blocks.0.attn.{norm}.{leaf}" for norm in ("q_norm", "k_norm") for leaf in ("weight", "bias")),
+    *(f"blocks.0.{n}.{leaf}" for n in ("attn.q_norm", "attn.k_norm") for leaf in ("weight", "bias")),
+    *(f"blocks.0.{n}.{leaf}" for n in ("attn.norm", "mlp.norm") for leaf in ("weight", "bias")),
 }
 
 
@@ -111,23 +112,28 @@ def test_every_architecture_of_timm():
             same(dims, model, depth)
             read[named].append(name)
     # Without a name ViT-S with patches of 16 (MoCo v3 has 12 heads) and mean-pooled ViT-B are asked about, and CLIPs,
-    # of two activations.
+    # of two activations, and BEiT-3, of another eps.
     asked = set(read[True]) - set(read[False])
     assert len(read[True]) >= 140 and {"vit_small_patch16_224", "vit_base_patch16_gap_224"} <= asked, asked
     assert all(
-        ("small" in n and "16" in n) or ("base_patch16" in n and "gap" in n) or "rpn" in n or "_clip_" in n
+        ("small" in n and "16" in n)
+        or ("base_patch16" in n and "gap" in n)
+        or "rpn" in n
+        or "_clip_" in n
+        or "beit3" in n
         for n in asked
     ), asked
 
 
 def test_every_architecture_of_timms_eva():
-    """DINOv3 is read; the others have rotary positions that no tensor shows, or parts that a plain ViT lacks."""
+    """EVA, EVA-02 and DINOv3 are read; the others have rotary positions that no tensor shows, or parts that a plain ViT
+    lacks."""
     timm = sources.import_timm()
     if timm is None:
         pytest.skip("timm is not installed: pip install --no-deps timm (without torchvision)")
     from timm.models import eva
 
-    read = set()
+    read: dict[str, set[str]] = {"dinov3": set(), "eva02": set(), "eva": set()}
     for name in timm.list_models(module="eva"):
         if "sapiens2" in name:  # a number of heads for each block, which one block alone cannot have
             continue
@@ -141,10 +147,37 @@ def test_every_architecture_of_timms_eva():
             except UserError as error:
                 assert len(str(error).splitlines()) == 1, error
                 continue
-            assert named and dims.heads == (model.blocks[0].attn.num_heads,) * depth and dims.rotary == 32, name
-            assert dims.norm_eps == model.blocks[0].norm1.eps and dims.pool == "mean"
-            read.add(name)
-    assert read == {f"vit_{size}_patch16_dinov3" for size in ("small", "base", "large")}
+            family = "dinov3" if "dinov3" in name else name.split("_")[0]
+            assert (named or family != "dinov3") and dims.heads == (model.blocks[0].attn.num_heads,) * depth, name
+            assert dims.norm_eps == model.blocks[0].norm1.eps and dims.image in (224, 256, 336, 448, 560)
+            assert dims.pool == {"avg": "mean", "token": "class"}[model.global_pool], name
+            assert (dims.rotary, dims.rotary_grid) == {"dinov3": (32, 0), "eva02": (32, 16), "eva": (0, 0)}[family]
+            if family == "eva02":
+                rope = model.rope
+                assert tuple(rope.ref_feat_shape) == (16, 16) and rope.temperature == dims.rotary_base == 10_000
+                assert not rope.in_pixels and not model.blocks[0].attn.rotate_half
+            read[family].add(name)
+    names = timm.list_models(module="eva")
+    sizes = ("small_patch16_dinov3", "base_patch16_dinov3", "large_patch16_dinov3")
+    assert read["dinov3"] == {f"vit_{size}{biases}" for size in sizes for biases in ("", "_qkvb")} | {
+        "vit_tiny_patch16_dinov3_qkvb"
+    }
+    assert read["eva02"] == {n for n in names if n.startswith("eva02_") and "enormous" not in n}
+    assert read["eva"] == {n for n in names if n.startswith("eva_")}
+
+
+def test_every_architecture_of_timms_beit():
+    timm = sources.import_timm()
+    if timm is None:
+        pytest.skip("timm is not installed: pip install --no-deps timm (without torchvision)")
+    from timm.models import beit
+
+    for name in timm.list_models(module="beit"):
+        model, shapes, depth = built(timm, name, beit.Beit)
+        dims = found(shapes, [])
+        assert dims.heads == (model.blocks[0].attn.num_heads,) * depth and dims.relative and dims.norm_after_pool, name
+        assert (dims.image, dims.patch, dims.pool) == (model.patch_embed.img_size[0], 16, "mean")
+        assert dims.qk_scale == model.blocks[0].attn.scale and dims.norm_eps == model.blocks[0].norm1.eps
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,10 @@ def test_a_change_of_basis_keeps_the_function(variant, x64):
         values = np.stack([np.linalg.qr(rng.standard_normal((v, v)))[0] for _ in range(heads)])
         found = [rebasis.logit_basis(*(m.T @ m for m in rng.standard_normal((2, 2 * qk, qk)))) for _ in range(heads)]
         logits = np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+        if dims.proj_norm_count:
+            with pytest.raises(UserError, match="values that are normalised"):
+                rebasis.change(params[f"block_{i}"], values, None)
+            values = np.stack([np.eye(v)[:, rng.permutation(v)] for _ in range(heads)])
         if dims.rotary or dims.qk_norm_count:
             with pytest.raises(UserError, match="normalised|rotary"):
                 rebasis.change(params[f"block_{i}"], values, logits)
