@@ -4,6 +4,7 @@ Pruning takes other dims from each head, so each head has its own gains. A Layer
 over dims that have no mean: queries and keys are written without it.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -20,16 +21,13 @@ def per_head(dims: ViTDims, shapes: Shapes, read: Read, where: str, *, neighbour
 
     `neighbours`: in the file the two dims of a rotary pair lie side by side, as in EVA-02; else halves of a head apart.
     """
+    read = _apart(dims, read) if neighbours else read
     made: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] = {}
     layer_norm = any(name.endswith((".attn.q_norm.bias", ".attn.k_norm.bias")) for name in shapes)
     for i, (heads, units) in enumerate(zip(dims.heads, dims.qk, strict=True)):
         name, width = f"blocks.{i}.attn", dims.paired * units
         if dims.rotary:
             made[f"{name}.rotary"] = (heads * units,), _numbers(heads, units)
-        if neighbours:
-            for leaf in ("weight", "bias"):
-                if (own := f"{name}.qkv.{leaf}") in shapes:
-                    made[own] = shapes[own], _apart(read, own, heads, units)
         if not dims.qk_norm_count:
             continue
         for norm in (f"{name}.q_norm", f"{name}.k_norm"):
@@ -58,18 +56,23 @@ def _tiled(read: Read, name: str | None, heads: int, width: int) -> Callable[[],
     return lambda: np.tile(np.zeros(width, np.float32) if name is None else read(name), heads)
 
 
-def _apart(read: Read, name: str, heads: int, pairs: int) -> Callable[[], np.ndarray]:
-    """Rows of queries and keys: of each head all first dims of the pairs, then all second ones."""
+def _apart(dims: ViTDims, read: Read) -> Read:
+    """Of each head all first dims of the pairs, then all second ones."""
 
-    def make() -> np.ndarray:
-        values = np.array(read(name))
-        width = 2 * heads * pairs
-        for first in (0, width):
-            rows = values[first : first + width].reshape(heads, pairs, 2, *values.shape[1:])
-            values[first : first + width] = rows.swapaxes(1, 2).reshape(width, *values.shape[1:])
+    def moved(name: str) -> np.ndarray:
+        values, found = read(name), _PAIRED.fullmatch(name)
+        if found is None:
+            return values
+        pairs, values = dims.qk[int(found[1])], np.array(values)
+        rows = 2 * pairs * (2 * dims.heads[int(found[1])] if found[2] == "qkv" else 1)
+        places = values[:rows].reshape(-1, pairs, 2, *values.shape[1:]).swapaxes(1, 2)
+        values[:rows] = places.reshape(rows, *values.shape[1:])
         return values
 
-    return make
+    return moved
+
+
+_PAIRED = re.compile(r"blocks\.(\d+)\.attn\.(qkv|q_norm|k_norm)\.(weight|bias)")
 
 
 def _centred(read: Read, name: str, heads: int, width: int) -> Callable[[], np.ndarray]:

@@ -67,6 +67,7 @@ KINDS = {  # arguments of timm's Eva, what renames the tensors, dims
         dict,
         NEAR | {"proj_norm_count": 24, "fc2_norm_count": 64, "pool": "class"},
     ),
+    "eva02_qk_norm": (EVA02 | {"qk_norm": True}, dict, NEAR | {"qk_norm_count": 8}),
     "eva02_published": (APART | {"scale_attn_inner": True}, as_published, NEAR | {"proj_norm_count": 24}),
 }
 
