@@ -3,7 +3,7 @@
     python convert_deit_weights.py --checkpoint FILE --out MODEL_DIR [--verify] [--overwrite]
 
 FILE is .pth, .pt, .bin or .ckpt (needs PyTorch), .safetensors or .npz, or a folder with one: official DeiT and
-DeiT-III, timm, DINO and DINOv2, MAE and MoCo v3, Hugging Face ViT and DeiT, CLIP and SigLIP, torchvision,
+DeiT-III, timm, DINO, EVA and BEiT, MAE and MoCo v3, Hugging Face ViT and DeiT, CLIP and SigLIP, torchvision,
 vision_transformer and big_vision, released NViT (pruned or dense), regnety_160, or an export of this project. Layout
 and sizes are found out and printed; a config.json beside FILE is read. What cannot be seen in a file can be said:
   --variant NAME   a published model that it must be, such as deit_small or vit_base (they normalise pixels differently)

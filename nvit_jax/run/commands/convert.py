@@ -11,10 +11,10 @@ DESCRIPTION = """\
 Convert a Vision Transformer (or the RegNetY teacher) made elsewhere into a model directory.
 
 FILE is .pth, .pt, .bin or .ckpt (these need PyTorch: pip install "nvit_jax[torch]"), .safetensors or .npz, or a folder
-with one: official DeiT and DeiT-III, timm, DINO and DINOv2, MAE, I-JEPA and MoCo v3, Hugging Face ViT, DeiT, DINOv2,
-CLIP and SigLIP, OpenAI's and open_clip's CLIP, torchvision, vision_transformer and big_vision, released NViT (pruned or
-dense), regnety_160, or an export of this project. Layout and sizes are found out and printed; a config.json beside it
-is read."""
+with one: official DeiT and DeiT-III, timm, DINO to DINOv3, EVA and BEiT, MAE, I-JEPA and MoCo v3, Hugging Face ViT,
+DeiT, DINOv2, DINOv3, BEiT, CLIP and SigLIP, OpenAI's and open_clip's CLIP, torchvision, vision_transformer and
+big_vision, released NViT (pruned or dense), regnety_160, or an export of this project. Layout and sizes are found out
+and printed; a config.json beside it is read."""
 EXAMPLES = """\
 examples:
   nvit-jax convert deit_tiny_patch16_224.pth deit_tiny --verify
