@@ -91,7 +91,7 @@ def messages(options: Any, record: Record) -> None:
                 parallel = Parallel.create(backend, tuple(every[:count]))
                 step, inputs = programs.train_step(dims, parallel=parallel, accumulate=parts)
                 shapes = programs.spread(parallel, inputs, programs.batch_shapes(dims, 16))
-                compiled = parallel.compile(step, trains=True).lower(*shapes).compile()
+                compiled = parallel.compile_training(step).lower(*shapes).compile()
                 sent, operations = programs.collective_bytes(compiled.as_text())
                 facts = {"bytes": sent, "operations": operations, "params_bytes": 4 * count_params(dims)}
                 facts["bytes_over_params"] = sent / facts["params_bytes"]

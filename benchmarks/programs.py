@@ -93,7 +93,7 @@ def program(stage: str, dims: ViTDims, batch: int, *, dtype: str = "float32", re
     step, inputs = train_step(
         dims, parallel=parallel, teachers=stage == "finetune", masked=stage == "prune", dtype=dtype, remat=remat
     )
-    return parallel.compile(step, trains=True).lower(inputs, shapes).compile()
+    return parallel.compile_training(step).lower(inputs, shapes).compile()
 
 
 class _Keeping:

@@ -78,7 +78,7 @@ def training(
         criterion = functools.partial(saliency.taylor_of, align="per_head")
         optimizer = optim.collecting(optimizer, criterion, full_masks(dims))
     step = trainer.compiled(optimizer)
-    kept = [trainer.parallel.place(distill.new_state(params, optimizer, 0, masks=masks))]
+    kept = [trainer.parallel.begin(distill.new_state(params, optimizer, 0, masks=masks))]
 
     def call() -> Any:
         kept[0], metrics = step(kept[0], host)

@@ -10,11 +10,12 @@ Random draws use keys folded from batch["index"], the place in the global batch,
 """
 
 import dataclasses
+import functools
 import math
 import os
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -177,31 +178,59 @@ class Parallel:
         """State from host values, the same on every process -> the devices."""
         return jax.tree.map(lambda x: jax.device_put(x, self._kept(np.shape(x))), tree)
 
-    def compile(self, step: Callable[..., Any], *, trains: bool = False) -> Callable[..., Any]:
-        """Compile `step(state, batch, mean=...)`. What it returns is whole on every device, but for a new state.
+    def begin(self, tree: Any) -> Any:
+        """As `place`, a training's first state: arrays of its own, since the steps take their memory."""
+        return jax.tree.map(lambda x: jax.device_put(x, self._kept(np.shape(x)), may_alias=False), tree)
 
-        `trains`: it returns a state, which lies as `place` has put it.
-        """
+    @property
+    def donates(self) -> bool:
+        """Whether a new training state takes the memory of the old one. On a CPU host arrays may share that memory."""
+        return self.devices[0].platform != "cpu"
+
+    def compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile `step(state, batch, mean=...)`. What it returns is whole on every device."""
         if self.backend == "pmap":
-            return jax.pmap(
-                lambda state, batch: step(state, batch, mean=_pmean),
-                axis_name=AXIS,
-                in_axes=(None, 0),
-                out_axes=None,
-                devices=list(self.devices),
-            )
+            return self._pmapped(lambda state, batch: step(state, batch, mean=_pmean), None, 0)
         whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
         if self.backend == "jit":
             return jax.jit(
                 lambda state, batch: step(state, batch, mean=_same), in_shardings=(whole, parts), out_shardings=whole
             )
 
-        def spread(state: Any, batch: Any) -> Any:
-            lies = self._kept if trains else lambda shape: whole
+        def gathered(state: Any, batch: Any) -> Any:
             found = step(state, batch, mean=_same)
-            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, lies(x.shape)), found)
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), found)
 
-        return jax.jit(spread)
+        return jax.jit(gathered)
+
+    def compile_training(self, step: Callable[..., Any]) -> "TrainingStep":
+        """Compile `step(inputs, batch, mean=...) -> (state, metrics)`, where `inputs` is a NamedTuple with a `state`.
+
+        The new state lies as `place` has put the old one. Where this `donates`, the old one is gone after the step.
+        """
+
+        def run(state: Any, held: Any, batch: Any, mean: Callable[[Any], Any] = _same) -> Any:
+            return step(held._replace(state=state), batch, mean=mean)
+
+        if self.backend == "pmap":
+            return TrainingStep(self._pmapped(functools.partial(run, mean=_pmean), None, None, 0))
+        given: tuple[int, ...] = (0,) if self.donates else ()
+        if self.backend == "jit":
+            whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
+            lies = (whole, whole, parts)
+            return TrainingStep(jax.jit(run, in_shardings=lies, out_shardings=whole, donate_argnums=given))
+
+        def spread(state: Any, held: Any, batch: Any) -> Any:
+            found = run(state, held, batch)
+            return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._kept(x.shape)), found)
+
+        return TrainingStep(jax.jit(spread, donate_argnums=given))
+
+    def _pmapped(self, step: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
+        found: Callable[..., Any] = jax.pmap(
+            step, axis_name=AXIS, in_axes=axes, out_axes=None, devices=list(self.devices)
+        )
+        return found
 
     def compile_walk(self, step: Callable[..., Any], *, rows: bool) -> Callable[..., Any]:
         """Compile `step(state, batch)` for batches that stay on the devices; "jit" alone.
@@ -210,3 +239,16 @@ class Parallel:
         """
         whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
         return jax.jit(step, in_shardings=(whole, parts), out_shardings=parts if rows else whole)
+
+
+class TrainingStep(NamedTuple):
+    """A compiled step of `Parallel.compile_training`."""
+
+    program: Any  # (state, the inputs without it, batch) -> (state, metrics)
+
+    def __call__(self, inputs: Any, batch: Any) -> Any:
+        return self.program(inputs.state, inputs._replace(state=None), batch)
+
+    def lower(self, inputs: Any, batch: Any) -> Any:
+        """Of shapes, as `jax.jit` does it."""
+        return self.program.lower(inputs.state, inputs._replace(state=None), batch)

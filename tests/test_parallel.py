@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import ROOT, random_images, random_params, small_dims
 
@@ -109,7 +110,7 @@ def test_scores_from_training_steps(setup):
     optimizer = optim.collecting(optim.adamw(1e-3, weight_decay=0.1), criterion, masks)
     state = distill.new_state(random_params(DIMS, 0, np.float32), optimizer, 7, masks=masks)
     step, expected, given = distill.make_train_step(DIMS, optimizer, Objective()), 0.0, batch()
-    step = p.compile(step, trains=True)
+    step = p.compile_training(step)
 
     def loss(params):
         logits = vit.forward(DIMS, params, given["image"], masks)
@@ -137,15 +138,13 @@ def test_a_finetuning_step(setup):
     SGD-like scale: epsilon is large so that Adam does not amplify the sign of gradients that are rounding noise.
     """
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
-    import optax
-
     optimizer = optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=optim.decays)
 
     def run(p: Parallel):
         step = distill.make_train_step(
             DIMS, optimizer, MIX, teacher_dims=DIMS, drop_path=0.3, dropout=0.2, ema_decay=0.9
         )
-        compiled = p.compile(step, trains=True)
+        compiled = p.compile_training(step)
         state = p.place(distill.new_state(params, optimizer, 5, ema=True))
         for _ in range(3):
             state, metrics = compiled(distill.Inputs(state, p.place(teacher)), p.shard(batch()))
@@ -158,8 +157,6 @@ def test_a_finetuning_step(setup):
 def test_a_batch_in_parts_is_the_large_batch(setup):
     """Four parts, on any devices: the sums go in another order, 1e-5. Recomputed blocks change nothing either."""
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
-    import optax
-
     optimizer = optax.adamw(1e-2, eps=1e-2, weight_decay=0.1, mask=optim.decays)
     given = batch(16)
 
@@ -176,7 +173,7 @@ def test_a_batch_in_parts_is_the_large_batch(setup):
             **options,
         )
         state = p.place(distill.new_state(params, optimizer, 5, ema=True))
-        state, metrics = p.compile(step, trains=True)(distill.Inputs(state, p.place(teacher)), p.shard(given))
+        state, metrics = p.compile_training(step)(distill.Inputs(state, p.place(teacher)), p.shard(given))
         return state.params, state.average, state.opt_state, metrics
 
     close(run(parallel(*SETUPS[setup]), accumulate=4, remat=True), run(parallel()))
@@ -205,14 +202,12 @@ def sums_inside_of_loops(text: str) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("backend", ["jit", "fsdp"])
 def test_parts_of_a_batch_exchange_gradients_once(backend):
     """After the loop over the parts. Unrolled blocks, so that it is the only loop."""
-    import optax
-
     dims, optimizer = small_dims(mlp=16, depth=1), optax.sgd(1e-2)
     p, params = parallel(backend, 4), random_params(dims, 0, np.float32)
     step = distill.make_train_step(dims, optimizer, Objective(), accumulate=4, parallel=p)
     state = p.place(distill.new_state(params, optimizer, 5))
     given = batch(16) | {"image": random_images(dims, 16, dtype=np.float32)}
-    compiled = p.compile(step, trains=True).lower(distill.Inputs(state, None), p.shard(given)).compile()
+    compiled = p.compile_training(step).lower(distill.Inputs(state, None), p.shard(given)).compile()
     inside, after = sums_inside_of_loops(compiled.as_text())
     assert not inside and after
 
@@ -241,11 +236,9 @@ def test_ragged_blocks_are_computed_again_too(widths):
 
 def test_pmap_keeps_state_and_teachers_on_the_devices():
     """Only the batch comes from the host in a step."""
-    import optax
-
     optimizer = optax.sgd(1e-2)
     p, params = parallel("pmap", 4), random_params(DIMS, 0, np.float32)
-    step = p.compile(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS), trains=True)
+    step = p.compile_training(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS))
     state, teacher = p.place(distill.new_state(params, optimizer, 5)), p.place(params)
     given = jax.device_put(p.shard(batch(16)), p._sharding(jax.sharding.PartitionSpec("data")))
     with jax.transfer_guard("disallow"):
@@ -265,15 +258,17 @@ jax.config.update("jax_num_cpu_devices", 4)
 from conftest import random_params, random_images, small_dims
 from nvit_jax import parallel
 from nvit_jax.model import vit
+from nvit_jax.training.distill import Inputs
 parallel._SMALL = 1
 dims, p = small_dims(dist_token=True, layer_scale=True, pre_logits=8), parallel.Parallel.create({backend!r})
 
-def step(params, images, mean):
+def step(inputs, images, mean):
+    params = inputs.state
     loss = lambda params: jnp.square(vit.forward(dims, params, images, dtype=jnp.bfloat16)).mean()
     return mean(jax.grad(loss)(params))
 
 params = random_params(dims, 0, np.float32)
-found = p.compile(step, trains=True)(p.place(params), p.shard(random_images(dims, 24, dtype=np.float32)))
+found = p.compile_training(step)(Inputs(p.place(params), None), p.shard(random_images(dims, 24, dtype=np.float32)))
 assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 """
     flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning"
@@ -289,10 +284,8 @@ assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 
 def test_fsdp_spreads_the_training_state():
     """Each of 4 devices holds about a quarter of parameters, moments and averages, before and after a step."""
-    import optax
-
     p, params = parallel("fsdp", 4), random_params(DIMS, 0, np.float32)
-    step = p.compile(distill.make_train_step(DIMS, optax.adamw(1e-2), Objective(), ema_decay=0.9), trains=True)
+    step = p.compile_training(distill.make_train_step(DIMS, optax.adamw(1e-2), Objective(), ema_decay=0.9))
     state = p.place(distill.new_state(params, optax.adamw(1e-2), 5, ema=True))
     for _ in range(2):
         leaves = [x for x in jax.tree.leaves(state) if x.ndim]
@@ -328,3 +321,28 @@ def test_refusals():
         Parallel.create("ddp")
     with pytest.raises(UserError, match="config.prune.batch=6 does not divide over 4 devices"):
         parallel("jit", 4).check_batch(6, "config.prune.batch")
+
+
+def test_a_training_state_gives_its_memory_to_the_next(monkeypatch):
+    """All parameters, moments and averages of the program that is compiled where donation is on."""
+    monkeypatch.setattr(Parallel, "donates", True)
+    optimizer = optax.adamw(1e-2)
+    for backend in ("jit", "fsdp"):
+        p = parallel(backend, 4)
+        state = p.begin(distill.new_state(random_params(DIMS, 0, np.float32), optimizer, 5, ema=True))
+        step = p.compile_training(distill.make_train_step(DIMS, optimizer, Objective(), ema_decay=0.9))
+        compiled = step.lower(distill.Inputs(state, None), p.shard(batch(16))).compile()
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        assert compiled.memory_analysis().alias_size_in_bytes >= 0.95 * held  # but for the key and the like
+
+
+@pytest.mark.slow
+def test_nothing_reads_a_state_whose_memory_is_gone():
+    """See donation.py. In a process of its own: there is one device, whose arrays share no memory with others."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/donation.py"], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"the same after [1-9]\d+ deleted arrays", done.stdout), done.stdout

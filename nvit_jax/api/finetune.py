@@ -202,7 +202,7 @@ class _Run:
         began = time.monotonic()
         with recipe.precision(), monitor.progress(self.steps, first), trainer.reader() as reader:
             state = distill.fit(
-                trainer.parallel.place(state),
+                trainer.parallel.begin(state),
                 trainer.compiled(self.optimizer, drop_path=recipe.drop_path),
                 reader,
                 self.steps,

@@ -209,7 +209,7 @@ class Pruner:
         recipe, step = self.setup.recipe, self.steps[int(state.prunings) > 0][0]
         reader = self._reader
         return distill.fit(
-            self.trainer.parallel.place(state.train),
+            self.trainer.parallel.begin(state.train),
             step,
             reader if reader is not None else _no_training,
             until,

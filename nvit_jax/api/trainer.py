@@ -64,7 +64,7 @@ class Trainer:
     def compiled(
         self, optimizer: optax.GradientTransformation, *, objective: Objective | None = None, drop_path: float = 0.0
     ) -> Step:
-        """(state on the devices, host batch) -> (state, metrics)."""
+        """(state on the devices, from `Parallel.begin`, and host batch) -> (state, metrics)."""
         r, teacher = self.recipe, self.recipe.label_teacher
         train = distill.make_train_step(
             self.dims,
@@ -80,7 +80,7 @@ class Trainer:
             parallel=self.parallel,
             remat=r.remat,
         )
-        step = self.parallel.compile(prepare(self.feed.normalise, train, r.augment.mixing, self._shards), trains=True)
+        step = self.parallel.compile_training(prepare(self.feed.normalise, train, r.augment.mixing, self._shards))
         return lambda state, batch: step(self.inputs(state), self.parallel.shard(batch))
 
     def compiled_plain(self, step: Callable[..., Any]) -> Callable[[distill.Inputs, Any], Any]:
@@ -90,7 +90,7 @@ class Trainer:
     def squared_gradients(self, params: Params, batches: int) -> Params:
         """Mean over batches of (dl/dw)^2."""
         optimizer, batches = sparsity.sum_of_squares(), min(batches, self.feed.steps(self.batch))
-        state = self.parallel.place(distill.new_state(params, optimizer, self.recipe.seed))
+        state = self.parallel.begin(distill.new_state(params, optimizer, self.recipe.seed))
         step = self.compiled(optimizer)
         with self.recipe.precision(), self.reader(1) as batch:
             for number in range(batches):

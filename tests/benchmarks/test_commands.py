@@ -157,7 +157,7 @@ def test_gradients_are_reduced_once_whatever_the_devices_and_parts():
         parallel = Parallel.create("jit", tuple(jax.devices("cpu")[:devices]))
         step, inputs = programs.train_step(dims, parallel=parallel, accumulate=parts)
         shapes = programs.spread(parallel, inputs, programs.batch_shapes(dims, 8))
-        compiled = parallel.compile(step, trains=True).lower(*shapes).compile()
+        compiled = parallel.compile_training(step).lower(*shapes).compile()
         found[devices, parts] = programs.collective_bytes(compiled.as_text())[0] / (4 * count_params(dims))
     assert found[1, 1] == 0
     # The gradients, and a few numbers of the metrics; XLA adds up some biases from others that it has sent.

@@ -115,7 +115,7 @@ def test_one_step_on_any_number_of_devices():
         p = Parallel.create(backend, tuple(jax.devices()[:devices]))
         step = distill.make_train_step(dims, optimizer, Objective(smoothing=0.1), drop_path=0.1)
         seen = 4 // devices if backend == "pmap" else None
-        compiled = p.compile(prepare(lambda x: x.astype(np.float32) / 8 - 1, step, mixing, seen), trains=True)
+        compiled = p.compile_training(prepare(lambda x: x.astype(np.float32) / 8 - 1, step, mixing, seen))
         state = p.place(distill.new_state(params, optimizer, 0))
         losses = []
         for _ in range(3):

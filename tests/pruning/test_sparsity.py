@@ -120,7 +120,7 @@ BACKENDS = {"jit 1": ("jit", 1), "jit 4": ("jit", 4), "pmap 4": ("pmap", 4)}
 
 def train(backend, optimizer, params, count, **options):
     parallel = Parallel.create(BACKENDS[backend][0], tuple(jax.devices()[: BACKENDS[backend][1]]))
-    step = parallel.compile(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS, **options))
+    step = parallel.compile_training(distill.make_train_step(DIMS, optimizer, MIX, teacher_dims=DIMS, **options))
     state = parallel.place(distill.new_state(params, optimizer, 5, ema=bool(options)))
     teacher = parallel.place(random_params(DIMS, 1, np.float32))
     for batch in batches(count):
