@@ -45,6 +45,7 @@ FAMILIES = (
     Family("Hugging Face ViT-MAE", f"{ENCODERS}::test_hugging_face[mae]", "plain", "timm, transformers"),
     Family("Hugging Face I-JEPA", f"{ENCODERS}::test_hugging_face[ijepa]", "mean_pool", "timm"),
     Family("Hugging Face DINOv3", f"{CONVERT}::test_hugging_face_dinov3[small]", "rotary", ""),
+    Family("official DINOv3", f"{CONVERT}::test_dinov3_of_its_own_project[mlp]", "rotary", ""),
     Family("EVA", f"{EVA}::test_eva[eva]", "mean_pool_all_after_norm", "timm"),
     Family("EVA-02", f"{EVA}::test_eva[eva02_clip]", "eva02", ""),
     Family("BEiT (timm's names)", f"{EVA}::test_beit[v1]", "beit", ""),

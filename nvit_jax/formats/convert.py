@@ -15,7 +15,7 @@ from nvit_jax.files import check_shape, parse_json
 from nvit_jax.formats import families, folder, interchange, layouts, open_clip, verify
 from nvit_jax.formats.canonical import Canonical, canonical, nvit_masks
 from nvit_jax.formats.configs import Said, read_config
-from nvit_jax.formats.detect import Options, Shapes, find_dims, find_family, find_variant
+from nvit_jax.formats.detect import Options, Shapes, find_dims, find_family, find_variant, read_periods
 from nvit_jax.formats.facts import Facts, read_beside, read_processor
 from nvit_jax.formats.heads import per_head
 from nvit_jax.formats.preprocessors import PREPROCESSING, find_preprocessing, made_size
@@ -174,6 +174,7 @@ def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> 
         config, processor = read_beside(path, "config.json"), read_processor(path)
     shapes = {name: shape for name, shape in file.shapes.items() if name != "reg_token" or 0 not in shape}
     read, notes = file.read, list(said.notes)
+    shapes, said = read_periods(str(path), shapes, read, said)
     family = find_family(path, file, said, options)
     shapes, read, filled = _with_zero_biases(shapes, read)
     notes += filled

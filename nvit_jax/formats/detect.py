@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from nvit_jax.errors import UserError
 from nvit_jax.formats import interchange, layouts
@@ -26,6 +28,27 @@ class Options(NamedTuple):
     heads: int | None = None  # per block, where nothing tells
     classes: int | None = None  # a new classifier of zeros with this many classes
     entry: str | None = None  # the part of a file, "model" or "model_ema", or the prefix of the names
+
+
+def read_periods(where: str, shapes: Shapes, read: Callable[[str], np.ndarray], said: Said) -> tuple[Shapes, Said]:
+    """Without the periods of rotary positions, which tell their base, and the heads: there are four dims for each.
+    UserError for periods that are no powers of one base, as DINOv3's are."""
+    if layouts.PERIODS not in shapes:
+        return shapes, said
+    periods, embed = read(layouts.PERIODS).astype(np.float64).reshape(-1), shapes["patch_embed.proj.weight"][0]
+    powers = np.arange(len(periods)) / max(len(periods), 1)
+    bases = (100.0, float(periods[1] ** len(periods)) if len(periods) > 1 else 100.0)
+    # Published ones may be rounded to 16 bits; other bases are taken where they are exact.
+    base = next(
+        (b for b, error in zip(bases, (5e-3, 1e-5), strict=True) if np.allclose(periods, b**powers, rtol=error)), None
+    )
+    if base is None or embed % (4 * len(periods)):
+        raise UserError(f"{where}: {layouts.PERIODS} are not the powers of one base for heads of {embed} channels")
+    heads = embed // (4 * len(periods))
+    if said.heads not in (None, heads):
+        raise UserError(f"{where}: {said.heads} heads are stated, and its rotary positions are for {heads}")
+    rest = {name: shape for name, shape in shapes.items() if name != layouts.PERIODS}
+    return rest, said._replace(rotary_base=base, heads=heads)
 
 
 def find_family(path: pathlib.Path, file: Canonical, said: Said, options: Options) -> str:

@@ -8,8 +8,8 @@ from nvit_jax.formats.facts import Facts
 
 SUPPORTED = (
     "read are plain ViT, DeiT, DeiT-III, DINO, DINOv2, MAE, I-JEPA, MoCo v3, CLIP, SigLIP and BEiT models of timm, "
-    "Hugging Face, torchvision, vision_transformer, big_vision, OpenAI, open_clip and their own projects, EVA and "
-    "EVA-02 of timm and their own project, DINOv3 of Hugging Face and timm, released NViT, and RegNetY teachers"
+    "Hugging Face, torchvision, vision_transformer, big_vision, OpenAI, open_clip and their own projects, EVA, EVA-02 "
+    "and DINOv3 of timm, Hugging Face and their own projects, released NViT, and RegNetY teachers"
 )
 # Name of a tensor (from the start of one of its parts) -> the family. The more particular first.
 _FAMILIES = {
@@ -34,7 +34,6 @@ _FAMILIES = {
     ),
     r"blocks\.0\.attn\.gate\.": "a ViT with gates in its attention",
     r"rope\.freqs$": "a ViT with rotary positions that are learned",
-    r"rope_embed\.periods|storage_tokens": "a DINOv3 of its own project's names (Hugging Face's are read)",
     r"stages\.0\.blocks\.0\.conv_dw\.|downsample_layers\.0\.0\.|stages\.0\.0\.dwconv\.|"
     r"encoder\.stages\.0\.layers\.0\.dwconv\.|stages\.0\.layers\.0\.depthwise_conv\.|"
     r"features\.1\.0\.block\.0\.weight": "a ConvNeXt",

@@ -484,6 +484,24 @@ DINOV3 = Layout(
     any_image=True,
 )
 
+_QKV = _BLOCK + "attn.qkv."
+PERIODS = "rope_embed.periods"  # of rotary positions; detect.read_periods takes them out
+DINOV3_OWN = Layout(
+    "official DINOv3",
+    ("blocks.0.attn.qkv.weight", PERIODS),
+    (
+        *_rename(reg_token="storage_tokens"),
+        Rule((_QKV + "bias", _QKV + "bias_mask"), (_QKV + "bias",), lambda bias, there: (np.where(there, bias, 0),)),
+        *_packed(_BLOCK + "mlp.w1", _BLOCK + "mlp.w2"),
+        Rule((PERIODS,), (PERIODS,)),
+        *_TIMM,
+    ),
+    left_out={r"local_cls_norm\..*": "a norm for the small crops of its training"} | DINO_HEADS,
+    norm_eps=1e-5,
+    rotary=100.0,
+    family="dinov3",
+)
+
 _LAYER = "encoder.layers.encoder_layer_{i}."
 TORCHVISION = Layout(
     "torchvision",
@@ -636,7 +654,6 @@ def _nvit(attention: tuple[Rule, ...]) -> tuple[Rule, ...]:
     )
 
 
-_QKV = _BLOCK + "attn.qkv."
 NVIT_PRUNED = Layout(
     "released NViT, pruned at full size",
     ("blocks.0.attn.qkv.Q.weight", "blocks.0.attn.qkv.head_mask.weight"),
@@ -669,6 +686,7 @@ LAYOUTS = (  # the more particular first
     OPEN_CLIP_TIMM,
     NVIT_PRUNED,
     NVIT_DENSE,
+    DINOV3_OWN,
     BEIT,
     EVA,
     EVA_APART,

@@ -1,6 +1,7 @@
 """Converted weights compute what PyTorch computes, for every layout: logits, every block, and the way back."""
 
 import itertools
+import re
 import shutil
 
 import flax.linen as linen
@@ -194,6 +195,58 @@ def test_hugging_face_dinov3(kind, tmp_path, capsys):
         with torch.inference_mode():
             expected = module.float()(nchw(images, torch.float32)).pooler_output.numpy()
         assert np.abs(np.asarray(larger.logits(larger.params, images)) - expected).max() <= 1e-4
+    check_round_trip(model, tmp_path)
+
+
+def as_dinov3(state, masked):
+    """The project's own names."""
+    names = {"embeddings.register_tokens": "storage_tokens", "embeddings.patch_embeddings": "patch_embed.proj"}
+    names |= {"embeddings.": "", "model.layer.": "blocks.", "layer.": "blocks.", "attention.o_proj": "attn.proj"}
+    names |= {"layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma", "mlp.gate_proj": "mlp.w1"}
+    gated = any("gate_proj" in name for name in state)
+    names |= {"mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3"} if gated else {}
+    names |= {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"} if not gated else {}
+    out = {}
+    for name, value in state.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        out[name] = value
+    for i in range(3):
+        parts = [f"blocks.{i}.attention.{n}_proj" for n in "qkv"]
+        out[f"blocks.{i}.attn.qkv.weight"] = np.concatenate([out.pop(f"{p}.weight") for p in parts])
+        biases = [out.pop(f"{p}.bias", np.full(24, 9.0, np.float32)) for p in parts]  # of keys there is none
+        out[f"blocks.{i}.attn.qkv.bias"] = np.concatenate(biases)
+        there = np.repeat(np.array([1.0, 0.0, 1.0], np.float32), 24)
+        out |= {f"blocks.{i}.attn.qkv.bias_mask": there} if masked else {}
+        if not masked:
+            out[f"blocks.{i}.attn.qkv.bias"] = np.where(there, out[f"blocks.{i}.attn.qkv.bias"], 0)
+    periods = (100.0 ** (np.arange(2) / 2)).astype(np.float32)
+    out = {name: value for name, value in out.items() if "inv_freq" not in name}
+    return out | {"rope_embed.periods": periods, "local_cls_norm.weight": np.ones(24, np.float32)}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "swiglu"])
+def test_dinov3_of_its_own_project(kind, tmp_path):
+    """Names of facebookresearch/dinov3: the periods tell heads and base, a mask the biases that are none."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+    changes = {"use_gated_mlp": True, "hidden_act": "silu"} if kind == "swiglu" else {}
+    config = transformers.DINOv3ViTConfig(**sizes, image_size=16, patch_size=4, num_register_tokens=4, **changes)
+    module = randomise(transformers.DINOv3ViTModel(config))
+    state = as_dinov3(numpy_state(module.state_dict()), masked=kind == "mlp")
+    path = save(tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth", state)
+    layers = [m for name, m in module.named_modules() if re.fullmatch(r"(model\.)?layer\.\d+", name)]
+
+    def run(dtype):
+        return run_torch(module, lambda m: layers, IMAGES, dtype, lambda out: out.pooler_output)
+
+    model = check(path, run, Options(image=16))
+    assert (model.dims.heads, model.dims.rotary, model.dims.registers, model.dims.norm_eps) == ((3,) * 3, 4, 4, 1e-5)
+    assert model.dims.gated == (kind == "swiglu") and model.info["preprocessing"]["crop_mode"] == "squash"
+    with pytest.raises(UserError, match="say --image=N"):
+        convert(path)
+    odd = save(tmp_path / "odd.pth", state | {"rope_embed.periods": np.array([1.0, 3.0, 4.0], np.float32)})
+    with pytest.raises(UserError, match="are not the powers of one base"):
+        convert(odd, Options(image=16))
     check_round_trip(model, tmp_path)
 
 

@@ -377,7 +377,6 @@ OTHERS = {  # a name of another family's checkpoint -> what it is called
     "blocks.0.attn.gate.weight": "a ViT with gates in its attention",
     "rope.freqs": "a ViT with rotary positions that are learned",
     "blocks.0.attn.rope.bands": "a ViT with rotary positions that are neither",
-    "storage_tokens": "a DINOv3 of its own project's names",
     "text_model.embeddings.token_embedding.weight": "a model of texts",
     "token_embedding.weight": "a CLIP whose image tower is another one",
     "blocks_token_only.0.norm1.weight": "a CaiT",
