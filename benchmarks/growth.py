@@ -3,17 +3,21 @@
     python -m benchmarks.growth --axes depth width tokens batch
     python -m benchmarks.growth --axes units devices
 
-Along each axis one thing grows and the others stay. Sizes run in turns; memory is what the compiled program plans for
-its temporaries. An exponent is fitted to the logarithms: 1 is linear. What is worse, and why:
+Along each axis one thing grows and the others stay. Sizes run in turns, on one device; memory is what the compiled
+program plans for its temporaries and for the new state, in whose place temporaries may lie. An exponent is fitted to
+the logarithms: 1 is linear. What is worse, and why:
 
 - width: the products of a block grow with its square, so does the number of parameters.
 - tokens: attention's two products and its weights grow with their square; the rest is linear.
 - units: the rule per_cost looks at offers of all blocks; what it removes grows with the units, too.
 
-"devices" compiles the step for virtual CPU devices and reads from the program what is exchanged. The bytes must not
-depend on the number of devices, nor on the parts that a batch is cut into (accumulate): gradients are reduced once.
+"devices" compiles the step for virtual CPU devices, in a process of its own, and reads from the program what is
+exchanged. The bytes must not depend on the number of devices, nor on the parts that a batch is cut into (accumulate):
+gradients are reduced once.
 """
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +70,8 @@ def grow(axis: str, options: Any, record: Record) -> None:
             continue
         calls[str(size)] = steps.training(dims, values["batch"])
         plan = programs.memory(programs.program("pretrain", dims, values["batch"]))
-        facts[str(size)] = {"size": grown[axis], "temporaries": plan["temporaries"], "params": count_params(dims)}
+        working = plan["temporaries"] + plan["outputs"]
+        facts[str(size)] = {"size": grown[axis], "working": working, "params": count_params(dims)}
         facts[str(size)]["macs"] = count_macs(dims) * values["batch"]
     times = alternate(calls, options.rounds)
     rows = [facts[size] | times.row(size) for size in calls]
@@ -74,7 +79,7 @@ def grow(axis: str, options: Any, record: Record) -> None:
         record.add(axis=axis, **row)
     grown = [row["size"] for row in rows]
     found = {}
-    for what in ("ms", "cpu_ms", "temporaries", "macs"):
+    for what in ("ms", "cpu_ms", "working", "macs"):
         if what in rows[0]:
             fit = fit_exponent(grown, [row[what] for row in rows])
             found |= {f"{what}_exponent": fit.exponent, f"{what}_last": fit.last}
@@ -109,10 +114,15 @@ def parser() -> Any:
 def main(words: Sequence[str]) -> None:
     """Measure, axis by axis."""
     options = parser().parse_args(words)
-    if "devices" in options.axes:
+    axes = options.axes
+    if "devices" in axes and len(axes) > 1:  # the others run on one
+        same = [*(["--tiny"] if options.tiny else []), *(["--out", str(options.out)] if options.out else [])]
+        subprocess.run([sys.executable, "-m", "benchmarks.growth", "--axes", "devices", *same], check=True)
+        axes = [axis for axis in axes if axis != "devices"]
+    elif "devices" in axes:
         _virtual_devices(max(DEVICES))
     record = Record("growth", options, words)
-    for axis in options.axes:
+    for axis in axes:
         if axis == "devices":
             messages(options, record)
         else:

@@ -56,10 +56,12 @@ def _growth(figure: Any, rows: Sequence[Row]) -> bool:
     for axes, (axis, found) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
         found = sorted(found, key=lambda row: row["size"])
         sizes = [row["size"] / found[0]["size"] for row in found]
-        for what in ("ms", "temporaries"):
+        for what, label in (("ms", "time"), ("working", "memory")):
             if what in found[0]:
-                axes.loglog(sizes, [row[what] / found[0][what] for row in found], marker="o", label=what)
-        axes.loglog(sizes, sizes, color="grey", linestyle=":", label="linear")
+                axes.loglog(sizes, [row[what] / found[0][what] for row in found], marker="o", label=label, base=2)
+        axes.loglog(sizes, sizes, color="grey", linestyle=":", label="linear", base=2)
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{axis}, {found[0]['size']} = 1")
         axes.legend()
     return True

@@ -180,10 +180,10 @@ TABLES = {
         ("axis", "size", "accumulate", "backend"),
         (
             Column("ms", "ms"),
-            Column("temporaries, MiB", "temporaries", lambda v: f"{v / 2**20:.1f}"),
+            Column("memory, MiB", "working", lambda v: f"{v / 2**20:,.0f}"),
             Column("exponent of time", "ms_exponent", lambda v: f"{v:.2f}"),
             Column("at the end", "ms_last", lambda v: f"{v:.2f}"),
-            Column("of memory", "temporaries_exponent", lambda v: f"{v:.2f}"),
+            Column("of memory", "working_exponent", lambda v: f"{v:.2f}"),
             Column("of MACs", "macs_exponent", lambda v: f"{v:.2f}"),
             Column("sent, parameters = 1", "bytes_over_params", lambda v: f"{v:.2f}"),
             Column("operations", "operations", str),
