@@ -119,6 +119,10 @@ def test_macs_of_the_published_model_and_xla_total(capsys):
         ({"rotary": 2, "qk": 4}, "no less than qk"),
         ({"qk_norm_count": 3}, "qk_norm_count=3 is less than the 4 query/key dims"),
         ({"rotary": 4, "qk": 4, "rotary_base": 0.5}, "rotary_base=0.5"),
+        ({"rotary_grid": 4}, "rotary_grid=4 goes with rotary positions"),
+        ({"relative": True, "registers": 1}, "relative=True needs a class token"),
+        ({"proj_norm_count": 3}, "proj_norm_count=3 is less than the 8 value dims of all heads"),
+        ({"fc2_norm_count": 3}, "fc2_norm_count=3 is less than the 12 neurons"),
     ],
 )
 def test_impossible_dims_are_refused(changes, words):
