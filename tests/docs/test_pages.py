@@ -282,6 +282,17 @@ def test_the_ablation_of_one_shot_is_what_was_run():
     assert one_shot.table(found, list(one_shot.cells(options))) in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_front_page_says_what_was_run():
+    """Means of the table of finetuned models, to a tenth of a percent."""
+    found = read_json(ROOT / "benchmarks" / "results" / "finetuned_deit_tiny_cpu.json")
+    front = (ROOT / "README.md").read_text()
+    said = [("dense", None, "top1")]
+    said += [(name, ratio, "top1_pruned") for name in ("one_shot", "fisher", "nvit") for ratio in (0.5, 0.3)]
+    for method, ratio, what in said:
+        values = [c[what] for c in found["cells"] if (c["method"], c["ratio"]) == (method, ratio)]
+        assert f"{100 * np.mean(values):.1f} %" in front, (method, ratio)
+
+
 # ----------------------------------------------------------------------------------------------- picture
 
 
