@@ -48,6 +48,9 @@ FAMILIES = (
     Family("official DINOv3", f"{CONVERT}::test_dinov3_of_its_own_project[mlp]", "rotary", ""),
     Family("EVA", f"{EVA}::test_eva[eva]", "mean_pool_all_after_norm", "timm"),
     Family("EVA-02", f"{EVA}::test_eva[eva02_clip]", "eva02", ""),
+    Family(
+        "EVA-CLIP of open_clip", f"{OPEN_CLIP}::test_an_eva_clip_of_open_clip[eva02_base_patch16_clip_224]", "eva02", ""
+    ),
     Family("BEiT (timm's names)", f"{EVA}::test_beit[v1]", "beit", ""),
     Family("Hugging Face BEiT, data2vec", f"{EVA}::test_hugging_face_beit[relative]", "beit", ""),
     Family("timm's qk_norm", f"{CONVERT}::test_norms_of_queries_and_keys[layer]", "qk_norm", ""),

@@ -166,7 +166,7 @@ def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> 
         families.check_type(read_beside(path, "config.json"))  # which may tell the family
         raise
     config, processor = open_clip.config_beside(path, file.layout), None
-    if file.layout in (layouts.OPEN_CLIP, layouts.OPEN_CLIP_TIMM):
+    if file.layout in (layouts.OPEN_CLIP, *layouts.OPEN_CLIP_TIMMS):
         said = open_clip.read_facts(path, file, config, tensors.extra)
     else:
         said = read_config(path, tensors.extra)

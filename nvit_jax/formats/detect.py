@@ -57,7 +57,7 @@ def find_family(path: pathlib.Path, file: Canonical, said: Said, options: Option
         return "deit"
     if said.kind in ("vit_mae", "vit_msn", "ijepa"):
         return "mae"
-    if file.layout is layouts.OPEN_CLIP_TIMM:
+    if file.layout in layouts.OPEN_CLIP_TIMMS:
         return "siglip" if "attn_pool.latent" in file.shapes else "clip"
     if file.layout is layouts.BIG_VISION and "attn_pool.latent" in file.shapes and "head.weight" not in file.shapes:
         return "siglip_npz"
@@ -140,7 +140,8 @@ def find_dims(
     stated = _stated_heads(where, file, depth, extra, said, options)
     heads, activation, eps = _reading(where, file, widths, stated, said, names)
     qk, v, scale = _attention_widths(where, file, heads, rows, columns)
-    eva02 = file.layout in (layouts.EVA, layouts.EVA_APART) and gated and not timms
+    apart = any(name.endswith(("attn.q_bias", "attn.q_proj.weight")) for name in file.own.shapes)
+    eva02 = gated and apart and file.layout in (layouts.EVA, layouts.EVA_APART, *layouts.OPEN_CLIP_TIMMS) and not timms
     if eva02:
         _check_eva02(where, file, widths, names)
         rotary = 10_000.0
@@ -271,7 +272,7 @@ def _reading(
         usual, eps = named.activation, named.norm_eps or eps
     elif timm:
         usual = next((reading.activation for reading in found if reading.heads == heads[0]), usual)
-    if timm and "blocks.0.attn.norm.weight" in file.shapes and not named:
+    if timm and "blocks.0.attn.norm.weight" in file.shapes and not (named or any(is_eva02(name) for name in names)):
         raise UserError(
             f"{where} has norms inside of its parts, and no tensor tells their eps (1e-5 in BEiT-3): say what it is by "
             "the architecture in a config.json beside it, or name the file as timm does (beit3_...)"

@@ -450,11 +450,15 @@ OPEN_CLIP_TIMM = TIMM._replace(  # open_clip's timm_model.py
     name="the image tower of open_clip, a model of timm",
     marks=(TRUNK + "blocks.0.attn.qkv.weight", TRUNK + "patch_embed.proj.weight"),
     rules=(
-        *(rule._replace(sources=tuple(TRUNK + source for source in rule.sources)) for rule in _TIMM),
+        *(rule._replace(sources=tuple(TRUNK + source for source in rule.sources)) for rule in _EVA_RULES),
         Rule(("head.proj.weight",), ("projection.weight",)),
     ),
     beside=_TEXTS,
     family="clip",
+)
+OPEN_CLIP_TIMMS = (  # EVA-CLIP has layers of their own for queries, keys and values
+    OPEN_CLIP_TIMM,
+    OPEN_CLIP_TIMM._replace(marks=(TRUNK + "blocks.0.attn.q_proj.weight", TRUNK + "patch_embed.proj.weight")),
 )
 
 
@@ -683,7 +687,7 @@ NVIT_DENSE = Layout(
 )
 
 LAYOUTS = (  # the more particular first
-    OPEN_CLIP_TIMM,
+    *OPEN_CLIP_TIMMS,
     NVIT_PRUNED,
     NVIT_DENSE,
     DINOV3_OWN,

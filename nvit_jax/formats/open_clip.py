@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvit_jax.errors import UserError
-from nvit_jax.formats import layouts
+from nvit_jax.formats import families, layouts
 from nvit_jax.formats.canonical import Canonical
 from nvit_jax.formats.configs import POOLS, Said, check_known, read_config, size_in
 from nvit_jax.formats.facts import Facts, read_beside
@@ -48,7 +48,7 @@ _POOL_TYPES = {"tok": "class", "avg": "mean"}
 
 def config_beside(path: pathlib.Path, layout: layouts.Layout) -> Facts | None:
     """open_clip_config.json, for a file of these names."""
-    mine = layout in (layouts.OPEN_CLIP, layouts.OPEN_CLIP_TIMM)
+    mine = layout in (layouts.OPEN_CLIP, *layouts.OPEN_CLIP_TIMMS)
     return read_beside(path, CONFIG) if mine else None
 
 
@@ -87,6 +87,7 @@ def _of_timm(vision: Facts) -> Said:
     pool = "avg" if pool is None else pool
     if pool and pool not in POOLS:
         raise UserError(f"{vision.where}: timm_pool={pool!r} is not built; {', '.join(POOLS)} are")
+    families.refuse_name(name.removeprefix("hf_hub:timm/"), vision.where)
     image = size_in(vision, "image_size") or 224
     return Said(pool=POOLS.get(pool), image=image, architecture=architecture(name.removeprefix("hf_hub:timm/")))
 

@@ -169,6 +169,8 @@ def named_reading(name: str, embed: int, said: Mapping[str, object]) -> Reading 
     if size is None or (_SIZES[size][0] != embed and said.get("embed_dim") != embed):
         return None
     heads = 16 if name.startswith("vit_base_patch16_gap_224") else _SIZES[size][3]
+    if name.startswith("eva02_"):
+        return Reading(heads, "silu")
     if name.startswith("beit3_"):
         return Reading(heads, "gelu", 1e-5)
     if "_clip_" in name and not name.startswith("eva"):

@@ -30,10 +30,10 @@ def timm():
 
 def exact_turns(module):
     """timm rounds sines and cosines to float32; these are the same in float64, of its own angles."""
-    rope = getattr(module, "rope", None)
+    rope = getattr(getattr(module, "trunk", module), "rope", None)
     if rope is None:
         return module
-    rows, columns = module.patch_embed.grid_size
+    rows, columns = getattr(module, "trunk", module).patch_embed.grid_size
     grid = np.meshgrid(np.arange(rows) / rows * 16, np.arange(columns) / columns * 16, indexing="ij")
     bands = (1 / 10_000 ** (torch.arange(2) / 2)).double().numpy()
     angles = np.concatenate([place.reshape(-1, 1) * bands for place in grid], 1).repeat(2, 1)

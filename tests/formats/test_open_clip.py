@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import save_file
 from sources import ClipTower, numpy_state, randomise, run_torch
 from test_convert import HEADS, IMAGES, check, check_round_trip
+from test_eva import exact_turns
 
 from nvit_jax.errors import UserError
 from nvit_jax.formats.convert import Options, convert
@@ -146,6 +147,23 @@ def test_a_model_of_timm_with_a_projection(tmp_path):
     (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(UserError, match="whose pooling is in no tensor; put its open_clip_config.json"):
         convert(path)
+
+
+@pytest.mark.parametrize("name", ["eva02_base_patch16_clip_224", "eva_giant_patch14_clip_224"])
+def test_an_eva_clip_of_open_clip(name, tmp_path):
+    """Its queries have biases, and in EVA-02 layers, of their own."""
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
+    module = exact_turns(trunk(name, **arguments, global_pool="token"))
+    vision = {"timm_model_name": name, "timm_pool": "token", "timm_proj": None, "image_size": 16}
+    save_file(under_visual(module) | TEXTS, tmp_path / "open_clip_model.safetensors")
+    path, config = tmp_path / "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
+    config.write_text(json.dumps({"model_cfg": {"embed_dim": 10, "vision_cfg": vision}}))
+    model = check(path, lambda dtype: run_torch(module, lambda m: m.trunk.blocks, IMAGES, dtype))
+    assert (model.dims.rotary_grid, model.dims.pool) == (16 if "eva02" in name else 0, "class")
+    vision["timm_model_name"] = "eva02_enormous_patch14_clip_224"
+    config.write_text(json.dumps({"model_cfg": {"embed_dim": 10, "vision_cfg": vision}}))
+    with pytest.raises(UserError, match="norms behind its parts"):
+        convert(path, HEADS)
 
 
 def test_a_siglip_of_open_clip(tmp_path):
