@@ -12,7 +12,7 @@ from nvit_jax.errors import UserError
 from nvit_jax.formats import interchange, layouts
 from nvit_jax.formats.canonical import Canonical
 from nvit_jax.formats.configs import Said
-from nvit_jax.formats.published import Widths, is_dinov3, is_eva02, named_reading, readings
+from nvit_jax.formats.published import Widths, is_dinov3, is_eva02, is_rope_gap, named_reading, readings
 from nvit_jax.model import sizes
 from nvit_jax.model.dims import ViTDims, preset, preset_names
 from nvit_jax.model.sizes import Size
@@ -64,6 +64,8 @@ def find_family(path: pathlib.Path, file: Canonical, said: Said, options: Option
     names = [text for text in (options.variant, said.architecture, path.stem) if text]
     if "pos_embed" not in file.shapes and any(is_dinov3(name) for name in names):
         return "dinov3_timm"
+    if "pos_embed" not in file.shapes and any(is_rope_gap(name) for name in names):
+        return "rope_gap"
     if file.layout.family != "deit":
         return file.layout.family
     for text in (options.variant, said.architecture, path.stem):
@@ -119,7 +121,7 @@ def find_dims(
     cls = "cls_token" in shapes
     timms = "pos_embed" not in shapes and any(is_dinov3(name) for name in names)
     usual = layouts.DINOV3 if timms else file.layout
-    rotary = usual.rotary and (said.rotary_base or usual.rotary)
+    rotary, rotary_grid = _rotary(file, shapes, said, names, gated=gated)
     table = shapes.get("blocks.0.attn.relative_position_bias_table")
     if rotary and "pos_embed" not in shapes:
         positions, grid = "none", _stated_patches(where, patch, said, options)
@@ -140,11 +142,8 @@ def find_dims(
     stated = _stated_heads(where, file, depth, extra, said, options)
     heads, activation, eps = _reading(where, file, widths, stated, said, names)
     qk, v, scale = _attention_widths(where, file, heads, rows, columns)
-    apart = any(name.endswith(("attn.q_bias", "attn.q_proj.weight")) for name in file.own.shapes)
-    eva02 = gated and apart and file.layout in (layouts.EVA, layouts.EVA_APART, *layouts.OPEN_CLIP_TIMMS) and not timms
-    if eva02:
+    if rotary_grid and gated:
         _check_eva02(where, file, widths, names)
-        rotary = 10_000.0
     if rotary and qk[0] % 4:
         raise UserError(f"{where}: {qk[0]} query/key dims of a head are no multiple of 4, which rotary positions need")
     normed = "blocks.0.attn.q_norm.weight" in shapes
@@ -159,7 +158,7 @@ def find_dims(
         norm_eps=usual.norm_eps if timms and said.norm_eps is None else eps,
         patch_bias="patch_embed.proj.bias" in shapes, pre_norm="norm_pre.weight" in shapes,
         qk_norm_count=qk[0] if normed else 0, rotary=qk[0] // 2 if rotary else 0, rotary_base=rotary or 100.0,
-        rotary_grid=16 if eva02 else 0, relative=table is not None,
+        rotary_grid=rotary_grid, relative=table is not None,
         proj_norm_count=columns[0] if "blocks.0.attn.norm.weight" in shapes else 0,
         fc2_norm_count=mlp[0] if "blocks.0.mlp.norm.weight" in shapes else 0,
         **_pooling(where, shapes, said, heads[0], mean=timms),
@@ -336,6 +335,18 @@ def _related_patches(where: str, distances: int, patch: Size, said: Said) -> tup
         what = f"a grid of {rows} x {columns} patches" if said.image else "a square of patches; state img_size"
         raise UserError(f"{where}: {distances} relative positions are not those of {what}")
     return rows, columns
+
+
+def _rotary(file: Canonical, shapes: Shapes, said: Said, names: Sequence[str], *, gated: bool) -> tuple[float, int]:
+    """Base and grid of rotary positions, as fields of ViTDims; a base of 0 where there are none."""
+    learned = "pos_embed" in shapes
+    if not learned and any(is_dinov3(name) for name in names):
+        return said.rotary_base or layouts.DINOV3.rotary, 0
+    apart = any(name.endswith(("attn.q_bias", "attn.q_proj.weight")) for name in file.own.shapes)
+    eva = file.layout in (layouts.EVA, layouts.EVA_APART, *layouts.OPEN_CLIP_TIMMS)
+    if (learned and gated and apart and eva) or (not learned and any(is_rope_gap(name) for name in names)):
+        return 10_000.0, 16
+    return file.layout.rotary and (said.rotary_base or file.layout.rotary), 0
 
 
 def _check_eva02(where: str, file: Canonical, widths: Widths, names: Sequence[str]) -> None:

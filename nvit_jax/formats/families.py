@@ -87,7 +87,7 @@ def unknown(names: Iterable[str], where: str) -> UserError:
 
 # timm's names of architectures whose tensors do not show that they have rotary positions of another kind than DINOv3.
 _NAMES = {
-    r"vit_\w+_patch\d+_rope_": "a ViT with rotary positions that are not DINOv3's",
+    r"vit_\w+_patch\d+_rope_(?!reg\d_gap_)": "a ViT with rotary positions that are neither DINOv3's nor EVA-02's",
     r"vit_pe_\w+_patch": "a Perception Encoder (rotary positions)",
     r"eva02_enormous_patch": "an EVA-02 with norms behind its parts (post-norm)",
     r"vit_\w+_patch\d+_(lingbot|sapiens2)": "a ViT with rotary positions",

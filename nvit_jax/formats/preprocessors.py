@@ -29,6 +29,7 @@ PREPROCESSING: dict[str, tuple[float, str, tuple[float, ...], tuple[float, ...]]
     "eva": (0.9, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "beit": (0.9, "bicubic", _HALF, _HALF),
     "beit_hf": (1.0, "bilinear", _HALF, _HALF),  # of the published files
+    "rope_gap": (0.95, "bicubic", _HALF, _HALF),
     "beit3": (1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
     "dinov3_timm": (1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
     "regnet": (256 / 224, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
@@ -50,6 +51,7 @@ _WHOSE = {
     "eva": "EVA's in timm",
     "beit": "BEiT's in timm",
     "beit_hf": "that of BEiT's published files",
+    "rope_gap": "that of timm's ViTs with rotary positions",
     "beit3": "BEiT-3's in timm",
     "dinov3_timm": "DINOv3's in timm",
 }

@@ -144,6 +144,11 @@ def is_eva02(name: str) -> bool:
     return re.match(r"eva02_(?!enormous)\w+_patch", name) is not None
 
 
+def is_rope_gap(name: str) -> bool:
+    """Whether it is one of timm's own ViTs with EVA-02's rotary positions, which no tensor shows."""
+    return re.match(r"vit_\w+_patch\d+_rope_reg\d_gap_", name) is not None
+
+
 def size_of(name: str) -> str | None:
     """The published size that a name of an architecture or of a project's file means."""
     if name in _SIZES and name.startswith("test"):

@@ -133,7 +133,7 @@ def test_every_architecture_of_timms_eva():
         pytest.skip("timm is not installed: pip install --no-deps timm (without torchvision)")
     from timm.models import eva
 
-    read: dict[str, set[str]] = {"dinov3": set(), "eva02": set(), "eva": set()}
+    read: dict[str, set[str]] = {"dinov3": set(), "eva02": set(), "eva": set(), "vit": set()}
     for name in timm.list_models(module="eva"):
         if "sapiens2" in name:  # a number of heads for each block, which one block alone cannot have
             continue
@@ -148,11 +148,15 @@ def test_every_architecture_of_timms_eva():
                 assert len(str(error).splitlines()) == 1, error
                 continue
             family = "dinov3" if "dinov3" in name else name.split("_")[0]
-            assert (named or family != "dinov3") and dims.heads == (model.blocks[0].attn.num_heads,) * depth, name
+            assert (named or family in ("eva", "eva02")) and dims.heads == (model.blocks[0].attn.num_heads,) * depth, (
+                name
+            )
             assert dims.norm_eps == model.blocks[0].norm1.eps and dims.image in (224, 256, 336, 448, 560)
             assert dims.pool == {"avg": "mean", "token": "class"}[model.global_pool], name
-            assert (dims.rotary, dims.rotary_grid) == {"dinov3": (32, 0), "eva02": (32, 16), "eva": (0, 0)}[family]
-            if family == "eva02":
+            assert (dims.rotary, dims.rotary_grid) == {
+                **{"dinov3": (32, 0), "eva02": (32, 16), "vit": (32, 16), "eva": (0, 0)}
+            }[family]
+            if dims.rotary_grid:
                 rope = model.rope
                 assert tuple(rope.ref_feat_shape) == (16, 16) and rope.temperature == dims.rotary_base == 10_000
                 assert not rope.in_pixels and not model.blocks[0].attn.rotate_half
@@ -164,6 +168,7 @@ def test_every_architecture_of_timms_eva():
     }
     assert read["eva02"] == {n for n in names if n.startswith("eva02_") and "enormous" not in n}
     assert read["eva"] == {n for n in names if n.startswith("eva_")}
+    assert read["vit"] == {n for n in names if "_rope_reg" in n}
 
 
 def test_every_architecture_of_timms_beit():

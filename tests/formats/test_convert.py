@@ -275,7 +275,7 @@ def test_dinov3_of_timm(tmp_path):
     with pytest.raises(UserError, match="no position embeddings"):
         convert(nameless, Options(image=32, heads=6))
     other = shutil.copy(nameless, tmp_path / "other" / "vit_base_patch16_rope_ape_224.safetensors")
-    with pytest.raises(UserError, match="rotary positions that are not DINOv3's"):
+    with pytest.raises(UserError, match="rotary positions that are neither DINOv3's nor EVA-02's"):
         convert(other)
 
 

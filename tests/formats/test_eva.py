@@ -67,6 +67,13 @@ KINDS = {  # arguments of timm's Eva, what renames the tensors, dims
         dict,
         NEAR | {"proj_norm_count": 24, "fc2_norm_count": 64, "pool": "class"},
     ),
+    "rope_gap": (
+        EVA02
+        | {"swiglu_mlp": False, "mlp_ratio": 4, "use_abs_pos_emb": False, "class_token": False}
+        | {"num_reg_tokens": 1, "init_values": 0.1},
+        dict,
+        {"rotary": 4, "rotary_grid": 16, "positions": "none", "pool": "mean", "registers": 1, "cls_token": False},
+    ),
     "eva02_qk_norm": (EVA02 | {"qk_norm": True}, dict, NEAR | {"qk_norm_count": 8}),
     "eva02_published": (APART | {"scale_attn_inner": True}, as_published, NEAR | {"proj_norm_count": 24}),
 }
@@ -79,11 +86,12 @@ def test_eva(kind, tmp_path):
     from timm.models.eva import Eva
 
     module = exact_turns(randomise(Eva(**SMALL | arguments)))
-    name = "w.pth" if kind == "eva02_published" else "eva02_base_patch4_16.pth"  # its turns tell
+    names = {"eva02_published": "w.pth", "rope_gap": "vit_medium_patch16_rope_reg1_gap_256.pth"}  # its turns tell
+    name = names.get(kind, "eva02_base_patch4_16.pth")
     path = save(tmp_path / name, rename(numpy_state(module.state_dict())))
-    model = check(path, lambda dtype: run_torch(module, lambda m: m.blocks, IMAGES, dtype), Options(heads=3))
+    model = check(path, lambda dtype: run_torch(module, lambda m: m.blocks, IMAGES, dtype), Options(heads=3, image=16))
+    wanted = {"norm_eps": 1e-6, "positions": "all", "qkv_bias": True} | wanted
     assert {name: getattr(model.dims, name) for name in wanted} == wanted
-    assert model.dims.norm_eps == 1e-6 and (model.dims.positions, model.dims.qkv_bias) == ("all", True)
     check_round_trip(model, tmp_path)
 
 
