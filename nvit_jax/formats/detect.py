@@ -271,7 +271,8 @@ def _reading(
         usual, eps = named.activation, named.norm_eps or eps
     elif timm:
         usual = next((reading.activation for reading in found if reading.heads == heads[0]), usual)
-    if timm and "blocks.0.attn.norm.weight" in file.shapes and not (named or any(is_eva02(name) for name in names)):
+    inner = {"blocks.0.attn.norm.weight", "blocks.0.mlp.norm.weight"} & file.shapes.keys()
+    if timm and inner and not (named or any(is_eva02(name) for name in names)):
         raise UserError(
             f"{where} has norms inside of its parts, and no tensor tells their eps (1e-5 in BEiT-3): say what it is by "
             "the architecture in a config.json beside it, or name the file as timm does (beit3_...)"
