@@ -1,4 +1,6 @@
-"""Growth: time, memory and messages of a training step against depth, width, tokens, batch, units and devices.
+"""Growth: time and memory of a training step against depth, width, tokens and batch; of a decision against units.
+
+Along the axis "devices" it is what the devices exchange in a step.
 
     python -m benchmarks.growth --axes depth width tokens batch
     python -m benchmarks.growth --axes units devices
@@ -11,9 +13,9 @@ the logarithms: 1 is linear. What is worse, and why:
 - tokens: attention's two products and its weights grow with their square; the rest is linear.
 - units: the rule per_cost looks at offers of all blocks; what it removes grows with the units, too.
 
-"devices" compiles the step for virtual CPU devices, in a process of its own, and reads from the program what is
-exchanged. The bytes must not depend on the number of devices, nor on the parts that a batch is cut into (accumulate):
-gradients are reduced once.
+"units" grows the depth, and times one pruning decision. "devices" compiles the step for virtual CPU devices, in a
+process of its own, and reads from the program what is exchanged. Under `jit` that is all gradients once, whatever the
+number of devices and of the parts that a batch is cut into (accumulate). Under `fsdp` weights are exchanged, too.
 """
 
 import subprocess
