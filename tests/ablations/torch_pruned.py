@@ -133,6 +133,19 @@ def pruned(
     return small
 
 
+def result_table(found: dict[str, Any]) -> str:
+    """Markdown: a row for each importance and scope, top-1 at the MACs that were reached in the columns."""
+    cells = {tuple(key.split(" | ")): value for key, value in found.items() if key != "dense"}
+    ratios = sorted({float(key[3]) for key in cells}, reverse=True)
+    lines = ["| importance | normalizer | scope | " + " | ".join(f"MACs {ratio:g}: top-1" for ratio in ratios) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(ratios))
+    for row in dict.fromkeys(key[:3] for key in cells):
+        own = [cells.get((*row, f"{ratio}")) for ratio in ratios]
+        shown = ["not reached" if c is None else f"{c['top1']:.1%} (at {c['macs']:.3f})" for c in own]
+        lines.append("| " + " | ".join((*row, *shown)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "images", "classes", "out"):
@@ -198,10 +211,7 @@ def main() -> None:
                         found[key] = {"top1": top1(best), "macs": macs(best, dims.tokens, dims) / whole}
                         write_json(kept, found)
                         print(f"{key}: {found[key]['top1']:.1%} at {found[key]['macs']:.3f}", flush=True)
-    print("\n| importance | normalizer | scope | MACs | top-1 |\n|---|---|---|---|---|")
-    for key, value in found.items():
-        if key != "dense":
-            print(f"| {' | '.join(key.split(' | ')[:3])} | {value['macs']:.3f} | {value['top1']:.1%} |")
+    print(f"\n{result_table(found)}")
 
 
 if __name__ == "__main__":
