@@ -141,7 +141,7 @@ def result_table(found: dict[str, Any]) -> str:
     lines.append("|---|---|---|" + "---|" * len(ratios))
     for row in dict.fromkeys(key[:3] for key in cells):
         own = [cells.get((*row, f"{ratio}")) for ratio in ratios]
-        shown = ["not reached" if c is None else f"{c['top1']:.1%} (at {c['macs']:.3f})" for c in own]
+        shown = ["not run" if c is None else f"{c['top1']:.1%} (at {c['macs']:.3f})" for c in own]
         lines.append("| " + " | ".join((*row, *shown)) + " |")
     return "\n".join(lines)
 
