@@ -267,7 +267,7 @@ def test_every_page_is_prepared():
 @pytest.mark.parametrize(
     ("name", "table"),
     [("rotation", "table"), ("recovery", "table"), ("budgets", "sizes_table"), ("budgets", "steps_table"),
-     ("features", "result_table"), ("features", "choice_table")],
+     ("features", "result_table"), ("features", "choice_table"), ("torch_pruned", "result_table")],
 )  # fmt: skip
 def test_an_ablation_is_what_was_run(name, table):
     found = read_json(ROOT / "benchmarks" / "results" / f"{name}.json")
