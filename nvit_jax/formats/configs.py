@@ -23,6 +23,7 @@ class Said(NamedTuple):
     activation: str | None = None
     norm_eps: float | None = None
     qk_norm: bool | None = None
+    rotary: bool | None = None  # whether there are rotary positions
     rotary_base: float | None = None
     pool: str | None = None  # as in ViTDims
     mean_over: str | None = None
@@ -139,7 +140,7 @@ def _shown(value: Any) -> str:
 
 _TIMM_READ = {
     *("num_heads", "act_layer", "img_size", "patch_size", "embed_dim", "depth", "in_chans", "num_classes"),
-    *("fc_norm", "pool_include_prefix", "class_token", "reg_tokens", "pre_norm"),
+    *("fc_norm", "pool_include_prefix", "class_token", "reg_tokens", "pre_norm", "use_rot_pos_emb"),
 }
 _TIMM_SHAPES = {  # told by tensors
     *("mlp_ratio", "qk_norm", "qkv_bias", "proj_bias", "init_values", "no_embed_class", "global_pool"),
@@ -164,7 +165,6 @@ _TIMM_MUST_BE: dict[str, tuple[Any, ...]] = {
     "ref_feat_shape": ((16, 16), [16, 16], 16, None),  # rotary positions are EVA-02's
     "rope_type": ("cat", None),
     "rope_temperature": (10000, None),
-    "use_rot_pos_emb": (True, None),
     "attn_type": ("eva", None),
     **dict.fromkeys(("embed_norm_layer", "out_indices"), (None, "")),
 }
@@ -212,6 +212,7 @@ def _arguments(facts: Facts) -> Said:
         heads=facts.at_least_one("num_heads"),
         activation=activation_in(facts, "act_layer"),
         qk_norm=facts.get("qk_norm", bool),
+        rotary=facts.get("use_rot_pos_emb", bool),
         pool=None if pool is None else POOLS[pool],
         mean_over="all" if facts.get("pool_include_prefix", bool) else None,
         sizes={k: v for k, v in stated.items() if v is not None},

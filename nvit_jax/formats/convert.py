@@ -201,8 +201,7 @@ def _vit(path: pathlib.Path, tensors: Tensors, options: Options, dtype: Any) -> 
         notes.append(note + why)
     if dims.gated and said.activation is None:
         notes.append("the mlps have gates, of which nothing beside the file says more: read as SwiGLU, gates first")
-    neighbours = bool(dims.rotary_grid)  # of EVA-02 alone
-    shapes, read = per_head(dims, shapes, read, str(path), neighbours=neighbours)
+    shapes, read = per_head(dims, shapes, read, str(path), neighbours=bool(dims.rotary_grid))
     params = interchange.from_torch(dims, shapes, read, str(path), dtype)
     variant = find_variant(path, dims, family, options)
     pre, odd = find_preprocessing(family, dims.image, dims.channels, config, processor)

@@ -149,6 +149,8 @@ def find_dims(
     normed = "blocks.0.attn.q_norm.weight" in shapes
     if said.qk_norm is not None and said.qk_norm != normed:
         raise UserError(f"{where}: qk_norm={said.qk_norm} is stated, and its tensors say {normed}")
+    if said.rotary not in (None, bool(rotary)):
+        raise UserError(f"{where}: use_rot_pos_emb={said.rotary} is stated, which is not built for such a model")
     dims = ViTDims(
         image=image, patch=patch, channels=channels, classes=classes, embed=d, heads=heads, v=v, mlp=mlp,
         qk=tuple(q // 2 for q in qk) if rotary else qk,

@@ -1,6 +1,7 @@
 """EVA, EVA-02 and BEiT: what timm's and transformers' own classes compute, under their names and their projects'."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -204,6 +205,21 @@ def test_what_is_refused(tmp_path):
     save_file(state, other)
     with pytest.raises(UserError, match="norms behind its parts"):
         convert(other, Options(heads=3))
+
+
+def test_rotary_positions_that_are_stated(tmp_path):
+    """No tensor shows them: an EVA with them, which timm can build, is not read as one without."""
+    timm()
+    from timm.models.eva import Eva
+
+    save_file(numpy_state(Eva(**SMALL).state_dict()), tmp_path / "model.safetensors")
+    config = {"architecture": "eva_giant_patch14_224", "model_args": {"num_heads": 3, "use_rot_pos_emb": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="use_rot_pos_emb=True is stated, which is not built for such a model"):
+        convert(tmp_path)
+    config["model_args"]["use_rot_pos_emb"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert convert(tmp_path).model.dims.rotary == 0
 
 
 def test_timms_own_folder(tmp_path, capsys):
