@@ -98,9 +98,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", kernel_init, (*inputs, *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
         flat = x.reshape(*x.shape[: x.ndim - self.axes], -1)
-        y = multiply(flat, kernel.reshape(flat.shape[-1], -1), self.dtype).reshape(*flat.shape[:-1], *self.features)
-        y = y if bias is None else y + bias
-        return y.astype(self.dtype or y.dtype)
+        y = multiply(flat, kernel.reshape(flat.shape[-1], -1), self.dtype)
+        y = y if bias is None else y + bias.reshape(-1)
+        return y.reshape(*flat.shape[:-1], *self.features).astype(self.dtype or y.dtype)
 
 
 class Constant(nn.Module):
@@ -115,10 +115,14 @@ class Constant(nn.Module):
 
 
 def multiply(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
-    """[..., I] @ [I, O]; the plain product wherever it is not narrower than float32, of any order of derivatives."""
-    if dtype is None or jnp.dtype(dtype).itemsize >= 4:
-        return x @ kernel
-    return _product(x, kernel, dtype)
+    """[..., I] @ [I, O]; the plain product wherever it is not narrower than float32, of any order of derivatives.
+
+    All rows are one axis: XLA for CPUs takes the kernel's gradient as it is then, and transposes a copy otherwise.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    narrow = dtype is not None and jnp.dtype(dtype).itemsize < 4
+    y = _product(rows, kernel, dtype) if narrow else rows @ kernel
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nn.Module):
