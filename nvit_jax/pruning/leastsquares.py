@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg
 
-from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, spectrum
+from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, check_finite, spectrum
 
 # Tried on held-back images:
 RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
@@ -69,6 +69,16 @@ class Ridge:
         return np.asarray(self.start + self._vectors @ (self._right / values[:, None]))
 
 
+def one_ridge(moments: Moments, start: np.ndarray, strength: float) -> np.ndarray:
+    """[F, D] as `Ridge.weights`, by Cholesky: for one strength a tenth of the time that the eigenvalues take."""
+    c = moments.covariance
+    check_finite(c)
+    scale = float(np.trace(c)) / max(len(c), 1)
+    if not scale > 0:
+        return start  # features that never change explain nothing
+    return np.asarray(start + solve(c + strength * scale * np.eye(len(c)), moments.cross - c @ start))
+
+
 class Fit(NamedTuple):
     """Weights that compensate, and how they were found."""
 
@@ -84,18 +94,16 @@ def fit(fitted: TokenMoments, held: TokenMoments, start: np.ndarray, felt: Sensi
     use_held: all images are fitted to in the end. Without held-back images the middle of RIDGES is taken.
     """
     metric, own = np.maximum(np.diag(felt.metric), 0), held.together(felt.shares(1.0))
-    best = POWERS[0], RIDGES[len(RIDGES) // 2]
-    if own.weight:
-        tried = []
-        for power in POWERS:
-            ridge = Ridge(fitted.together(felt.shares(power)), start)
-            for strength in RIDGES:
-                weights = ridge.weights(strength)
-                tried.append((error(own, weights, bias(ridge.moments, weights), metric), power, strength))
-        best = min(tried)[1:]
-    power, strength = best
+    power, strength, least = POWERS[0], RIDGES[len(RIDGES) // 2], np.inf
+    for tried in POWERS if own.weight else ():
+        ridge = Ridge(fitted.together(felt.shares(tried)), start)
+        for r in RIDGES:
+            weights = ridge.weights(r)
+            wrong = error(own, weights, bias(ridge.moments, weights), metric)
+            if wrong < least:
+                power, strength, least = tried, r, wrong
     moments = (fitted + held if use_held else fitted).together(felt.shares(power))
-    weights = Ridge(moments, start).weights(strength)
+    weights = one_ridge(moments, start, strength)
     return Fit(weights, bias(moments, weights), strength, power)
 
 

@@ -71,10 +71,15 @@ def moments(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
     return weight, mean_x, mean_y, jnp.einsum("bni,bnj->ij", cx, cx), cross, jnp.square(cy).sum((0, 1))
 
 
-def spectrum(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors of a symmetric matrix. NotFinite where a model's features have overflowed."""
+def check_finite(matrix: np.ndarray) -> None:
+    """NotFinite where a model's features have overflowed."""
     if not np.isfinite(matrix).all():
         raise NotFinite("calibration: what flows in the model is not finite; look at its weights and the images")
+
+
+def spectrum(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors of a symmetric matrix. Raises NotFinite."""
+    check_finite(matrix)
     values, vectors = np.linalg.eigh(matrix)
     return values, vectors
 

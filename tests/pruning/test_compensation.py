@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import VARIANTS, random_params, run_forward, small_dims
 
-from nvit_jax.errors import UserError
+from nvit_jax.errors import NotFinite, UserError
 from nvit_jax.model import vit
 from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.parallel import Parallel
@@ -135,6 +135,22 @@ def test_ridge_is_the_solution_of_the_normal_equations():
     offset, metric = leastsquares.bias(own, found), np.arange(1.0, 5.0)
     wrong = np.square(x @ found + offset - y) @ metric
     assert leastsquares.error(own, found, offset, metric) == pytest.approx(wrong.mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("strength", leastsquares.RIDGES)
+def test_one_ridge_is_what_the_eigenvalues_give(strength):
+    """Fewer samples than features as well; and features that never change keep their weights, broken ones are named."""
+    rng = np.random.default_rng(2)
+    x, y, start = rng.standard_normal((9, 12)), rng.standard_normal((9, 4)), rng.standard_normal((12, 4))
+    cx, cy = x - x.mean(0), y - y.mean(0)
+    own = Moments(9.0, x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
+    found, expected = leastsquares.one_ridge(own, start, strength), leastsquares.Ridge(own, start).weights(strength)
+    # Two ways to solve in float64: they differ by the rounding times the condition number, 1e7 at the smallest ridge.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+    still = own._replace(xx=0 * own.xx)
+    np.testing.assert_array_equal(leastsquares.one_ridge(still, start, strength), start)
+    with pytest.raises(NotFinite, match="not finite"):
+        leastsquares.one_ridge(own._replace(xx=own.xx * np.inf), start, strength)
 
 
 def test_removal_costs_what_the_best_fit_of_the_rest_errs():
