@@ -240,6 +240,11 @@ class Parallel:
         whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
         return jax.jit(step, in_shardings=(whole, parts), out_shardings=parts if rows else whole)
 
+    def compile_sum(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile `step(total, state, batch)` as `compile_walk`; the new total takes the memory of the old one."""
+        whole, parts = self._sharding(PartitionSpec()), self._sharding(PartitionSpec(AXIS))
+        return jax.jit(step, in_shardings=(whole, whole, parts), out_shardings=whole, donate_argnums=0)
+
 
 class TrainingStep(NamedTuple):
     """A compiled step of `Parallel.compile_training`."""

@@ -20,22 +20,30 @@ from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, check_f
 RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
 POWERS = (0.0, 0.25, 0.5)  # of the tokens' weights
 _LEAST = 1e-9  # of the mean variance: what is smaller is rounding
+_SMALL = 1e-150  # the squares of smaller numbers, and of their inverses, are not in float64
 _CHUNKS = 96  # in which the features of wide layers go
+_WAITING = 256  # features that are gone, before C^-1 is written anew without them
 
 
-def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """matrix^-1 right, by Cholesky, of a symmetric positive (semi)definite matrix: more on the diagonal if it fails."""
+def cholesky(matrix: np.ndarray) -> np.ndarray:
+    """The lower factor of a symmetric positive (semi)definite matrix: more on the diagonal if it fails."""
+    check_finite(matrix)
     scale = max(float(np.trace(matrix)) / max(len(matrix), 1), np.finfo(float).tiny)
     more = 0.0
     while True:
         try:
-            factor = linalg.cho_factor(matrix + more * scale * np.eye(len(matrix)), lower=True, check_finite=False)
-            found = linalg.cho_solve(factor, right, check_finite=False)
-            if np.isfinite(found).all():
-                return np.asarray(found)
+            raised = matrix + more * scale * np.eye(len(matrix)) if more else matrix
+            factor = linalg.cholesky(raised, lower=True, check_finite=False)
+            if (factor.diagonal() > _SMALL).all():
+                return np.asarray(factor)
         except linalg.LinAlgError:
             pass
         more = 10 * more or _LEAST
+
+
+def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """matrix^-1 right, by `cholesky`."""
+    return np.asarray(linalg.cho_solve((cholesky(matrix), True), right, check_finite=False))
 
 
 def bias(moments: Moments, weights: np.ndarray) -> np.ndarray:
@@ -51,26 +59,35 @@ def error(moments: Moments, weights: np.ndarray, offset: np.ndarray, metric: np.
     return float((squares * metric).sum())
 
 
-class Ridge:
-    """Fits of one set of moments at any strength: one eigendecomposition, then products."""
+def ridge_errors(moments: Moments, start: np.ndarray, held: Moments, metric: np.ndarray) -> np.ndarray:
+    """[len(RIDGES)] `error` on other moments of the fits with all RIDGES: one eigendecomposition for all of them.
 
-    def __init__(self, moments: Moments, start: np.ndarray) -> None:
-        """`start` [F, D]: the weights that a fit is drawn towards."""
-        self.moments, self.start = moments, start
-        self._values, self._vectors = spectrum(moments.covariance)
-        self._scale = float(np.maximum(self._values, 0).mean()) if len(self._values) else 0.0
-        self._right = self._vectors.T @ (moments.cross - moments.covariance @ start)
+    With C = V diag(v) V', R = V' (cov(x, y) - C W0) and s = 1 / (v + r mean(v)) a fit is W0 + V diag(s) R, so that its
+    error is a polynomial of second degree in s.
 
-    def weights(self, strength: float) -> np.ndarray:
-        """[F, D]."""
-        if not self._scale > 0:
-            return self.start  # features that never change explain nothing
-        values = np.maximum(self._values, 0) + strength * self._scale
-        return np.asarray(self.start + self._vectors @ (self._right / values[:, None]))
+    Args:
+      start: W0 [F, D], the weights that a fit is drawn towards.
+      metric: [D] as for `error`.
+    """
+    values, vectors = spectrum(moments.covariance)
+    values = np.maximum(values, 0)
+    at_start = error(held, start, bias(moments, start), metric)
+    if not values.sum() > 0:
+        return np.full(len(RIDGES), at_start)
+    right = vectors.T @ (moments.cross - moments.covariance @ start)
+    # The bias makes the mean right on `moments`, so the mean of the error on `held` moves with the weights, too.
+    shift, gap = held.x - moments.x, moments.y - held.y
+    second = held.covariance + np.outer(shift, shift)
+    slope = vectors.T @ (held.cross - np.outer(shift, gap) - second @ start)
+    weighed = right * metric
+    linear = (slope * weighed).sum(1)
+    square = (vectors.T @ second @ vectors) * (weighed @ right.T)
+    shares = 1 / (values + np.array(RIDGES)[:, None] * values.mean())
+    return np.asarray(at_start - 2 * shares @ linear + ((shares @ square) * shares).sum(1))
 
 
-def one_ridge(moments: Moments, start: np.ndarray, strength: float) -> np.ndarray:
-    """[F, D] as `Ridge.weights`, by Cholesky: for one strength a tenth of the time that the eigenvalues take."""
+def ridge(moments: Moments, start: np.ndarray, strength: float) -> np.ndarray:
+    """[F, D], the fit with one ridge, drawn towards `start`. By Cholesky: no eigenvalues are needed."""
     c = moments.covariance
     check_finite(c)
     scale = float(np.trace(c)) / max(len(c), 1)
@@ -96,14 +113,12 @@ def fit(fitted: TokenMoments, held: TokenMoments, start: np.ndarray, felt: Sensi
     metric, own = np.maximum(np.diag(felt.metric), 0), held.together(felt.shares(1.0))
     power, strength, least = POWERS[0], RIDGES[len(RIDGES) // 2], np.inf
     for tried in POWERS if own.weight else ():
-        ridge = Ridge(fitted.together(felt.shares(tried)), start)
-        for r in RIDGES:
-            weights = ridge.weights(r)
-            wrong = error(own, weights, bias(ridge.moments, weights), metric)
-            if wrong < least:
-                power, strength, least = tried, r, wrong
+        wrong = ridge_errors(fitted.together(felt.shares(tried)), start, own, metric)
+        best = int(wrong.argmin())
+        if wrong[best] < least:
+            power, strength, least = tried, RIDGES[best], wrong[best]
     moments = (fitted + held if use_held else fitted).together(felt.shares(power))
-    weights = one_ridge(moments, start, strength)
+    weights = ridge(moments, start, strength)
     return Fit(weights, bias(moments, weights), strength, power)
 
 
@@ -145,6 +160,8 @@ def removal(
     Returns:
       order [n] of the live features; cost [n + 1], half the error in the metric when the first 0, 1, ... n are gone.
     """
+    # C^-1 of what is left is inverse - taken taken', by the block that goes: taken = (C^-1)_xg K^-T, (C^-1)_gg = K K'.
+    # `taken` grows for a while before that product is made, so that most of the work is large products.
     left = np.flatnonzero(live)
     chunk = max(least, len(left) // _CHUNKS)
     c = moments.covariance[np.ix_(left, left)]
@@ -154,10 +171,18 @@ def removal(
     order: list[int] = []
     cost = [0.0]
     while len(left):
-        loss = np.square(weights).sum(1) / np.maximum(np.diag(inverse), np.finfo(float).tiny)
-        gone = np.argsort(loss, kind="stable")[:chunk]
-        order += left[gone].tolist()
-        left = np.delete(left, gone)
-        weights, inverse, more = without(weights, inverse, gone)
-        cost += list(np.linspace(cost[-1], cost[-1] + more, len(gone) + 1)[1:])
+        there, diagonal, taken = np.ones(len(left), bool), np.diag(inverse).copy(), np.zeros((len(left), 0))
+        while there.any() and taken.shape[1] < _WAITING:
+            loss = np.square(weights).sum(1) / np.maximum(diagonal, np.finfo(float).tiny)
+            gone = np.argsort(np.where(there, loss, np.inf), kind="stable")[: min(chunk, there.sum())]
+            columns = inverse[:, gone] - taken @ taken[gone].T
+            factor = cholesky(columns[gone])
+            new = linalg.solve_triangular(factor, columns.T, lower=True, check_finite=False).T
+            of_weights = linalg.solve_triangular(factor, weights[gone], lower=True, check_finite=False)
+            weights, diagonal = weights - new @ of_weights, diagonal - np.square(new).sum(1)
+            taken, there[gone] = np.concatenate([taken, new], 1), False
+            order += left[gone].tolist()
+            cost += list(np.linspace(cost[-1], cost[-1] + float(np.square(of_weights).sum()), len(gone) + 1)[1:])
+        left, weights, taken = left[there], weights[there], taken[there]
+        inverse = inverse[np.ix_(there, there)] - taken @ taken.T
     return np.array(order, int), np.array(cost) / 2

@@ -1,7 +1,6 @@
 """Means and second moments that add up over batches, and how much a loss feels an error."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +61,9 @@ class Moments(NamedTuple):
         return self.xy / self.weight
 
 
+NOTHING = Moments(0.0, *(np.zeros(0),) * 5)  # no sample
+
+
 def moments(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
     """The fields of Moments of one batch: x [B, N, F], y [B, N, D], every token with weight 1, in x's type."""
     mean_x, mean_y = x.mean((0, 1)), y.mean((0, 1))
@@ -84,12 +86,32 @@ def spectrum(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, vectors
 
 
-def summed(found: Iterable[tuple[Any, ...]]) -> Moments:
-    """Moments of batches -> of all of them."""
-    total = Moments(0.0, *(np.zeros(0),) * 5)
-    for one in found:
-        total = total + Moments(float(one[0]), *(np.asarray(value, np.float64) for value in one[1:]))
-    return total
+def together(batches: list[tuple[Any, ...]], within: tuple[Any, ...]) -> Moments:
+    """Moments of all batches, float64.
+
+    Args:
+      batches: the first three fields of each: its weight and means.
+      within: xx, xy and yy about the batches' own means, summed over the batches.
+    """
+    if not batches:
+        return NOTHING
+    weights, x, y = (np.array([np.asarray(one[i], np.float64) for one in batches]) for i in range(3))
+    total = float(weights.sum())
+    means = weights @ x / total, weights @ y / total
+    dx, dy = (np.sqrt(weights)[:, None] * (one - mean) for one, mean in zip((x, y), means, strict=True))
+    xx, xy, yy = within
+    return Moments(total, *means, xx + dx.T @ dx, xy + dx.T @ dy, yy + np.square(dy).sum(0))
+
+
+def add(total: Any, more: Any) -> Any:
+    """(sums, what their rounding has lost), with more on top. A sum of many is as exact as one of two (Kahan 1965).
+
+    All are trees of arrays on devices. What was added up is sums - lost, in a wider type.
+    """
+    sums, lost = total
+    more = jax.tree.map(jnp.subtract, more, lost)
+    new = jax.tree.map(jnp.add, sums, more)
+    return new, jax.tree.map(lambda new, old, more: (new - old) - more, new, sums, more)
 
 
 class TokenMoments(NamedTuple):

@@ -2,7 +2,8 @@
 
 A model is walked part by part (`vit.part`: the attention or the mlp of a block), all images through one part before the
 next, so that a part's moments need the memory of one part. Sums run over the images of a batch in float32 about the
-batch's own mean, over batches in float64; batches lie on the devices of all processes, sums are whole on each.
+batch's own mean, over batches in float32 with what its rounding loses kept apart (moments.add); they stay on the
+devices until all batches are in. Batches lie on the devices of all processes, sums are whole on each.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.groups import Params, flatten, unflatten
 from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
-from nvit_jax.pruning.moments import Sensitivity, TokenMoments, moments, summed
+from nvit_jax.pruning.moments import NOTHING, Sensitivity, TokenMoments, add, moments, together
 from nvit_jax.pruning.saliency import per_sample
 from nvit_jax.training.losses import cross_entropy, draw_directions, draw_labels, feature_distance, kl_nvit
 
@@ -79,6 +80,39 @@ class Walk:
             self._steps[key] = self.parallel.compile_walk(exact, rows=rows)
         found: Callable[..., Any] = self._steps[key]
         return found
+
+    def _sums(
+        self,
+        key: Any,
+        step: Callable[..., Any],
+        state: Any,
+        batches: list[Any],
+        told: Callable[[int], None] = lambda done: None,
+    ) -> tuple[list[Any], Any]:
+        """`step(state, batch) -> (small, large)` of all batches: every `small`, and the sum of `large` in float64.
+
+        Both on the host; `state` is placed. Without batches the sum is None.
+        """
+        if not batches:
+            return [], None
+        if key not in self._steps:
+
+            def adding(total: Any, state: Any, batch: Any) -> Any:
+                with jax.default_matmul_precision("float32"):
+                    small, large = step(state, batch)
+                return small, add(total, large)
+
+            shapes = jax.eval_shape(step, state, batches[0])[1]
+            self._steps[key] = self.parallel.compile_sum(adding), shapes
+        run, shapes = self._steps[key]
+        total = self.parallel.place(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), (shapes, shapes)))
+        every = []
+        for number, batch in enumerate(batches):
+            small, total = jax.block_until_ready(run(total, state, batch))  # so that `told` tells what is done
+            every.append(jax.device_get(small))
+            told(number + 1)
+        sums, lost = jax.device_get(total)
+        return every, jax.tree.map(lambda s, c: s.astype(np.float64) - c.astype(np.float64), sums, lost)
 
     # ------------------------------------------------------------------------------------------ streams
 
@@ -147,19 +181,24 @@ class Walk:
         """(of the images to fit, of those held back): of the features and targets `pair(state, ours, dense)`."""
         prefix = self.dims.prefix if prefix is None else prefix
 
-        def step(state: Any, batch: Any) -> list[tuple[jax.Array, ...]]:
-            features, target = pair(state, *batch)
-            groups = slice(0, prefix), slice(prefix, None)
-            return [moments(features[:, tokens], target[:, tokens]) for tokens in groups if tokens != slice(0, 0)]
+        groups = ([slice(0, prefix)] if prefix else []) + [slice(prefix, None)]
 
-        run = self._step(key, step, rows=False)
+        def step(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
+            features, target = pair(state, *batch)
+            found = [moments(features[:, tokens], target[:, tokens]) for tokens in groups]
+            return [one[:3] for one in found], [one[3:] for one in found]
+
         placed = self.parallel.place(state)
-        nothing = summed(())
-        found = {held: TokenMoments(nothing, nothing) for held in (False, True)}
-        for batch, held in zip(zip(ours, dense, strict=True), self.images.held, strict=True):
-            one = jax.device_get(run(placed, batch))
-            found[held] += TokenMoments(summed(one[:-1]), summed(one[-1:]))
-        return found[False], found[True]
+
+        def of(*, held: bool) -> TokenMoments:
+            batches = [b for b, h in zip(zip(ours, dense, strict=True), self.images.held, strict=True) if h == held]
+            small, large = self._sums(key, step, placed, batches)
+            if not small:
+                return TokenMoments(NOTHING, NOTHING)
+            found = [together([one[i] for one in small], large[i]) for i in range(len(groups))]
+            return TokenMoments(*[NOTHING] * (2 - len(found)), *found)
+
+        return of(held=False), of(held=True)
 
     def stream_moments(self, params: Params) -> np.ndarray:
         """[D, D] second moments of the stream as RMSNorm gives it out, a mean over images.
@@ -167,15 +206,14 @@ class Walk:
         They are summed over the tokens, and over the places behind all parts.
         """
 
-        def step(_: Any, x: jax.Array) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> tuple[Any, jax.Array]:
             y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.dims.norm_eps)
-            return jnp.einsum("bni,bnj->ij", y, y)
+            return (), jnp.einsum("bni,bnj->ij", y, y)
 
-        run = self._step("stream_moments", step, rows=False)
         streams, total = self.begin(params), np.zeros((self.dims.embed,) * 2)
         for block, name in parts(self.dims):
             streams = self.advance(name, padded_block(self.dims, params[f"block_{block}"]), streams)
-            total += sum(np.asarray(jax.device_get(run((), x)), np.float64) for x in streams)
+            total += self._sums("stream_moments", step, (), streams)[1]
         return total / sum(len(x) for x in streams)
 
     def queries_and_keys(
@@ -188,20 +226,18 @@ class Walk:
         tokens = np.full(self.dims.tokens, shares[1], np.float32)
         tokens[: self.dims.prefix] = shares[0]
 
-        def step(state: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(state: Any, x: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             block, weights = state
             _, taps = vit.part(self.dims, "attention", block, x)
             q, k = taps["queries"], taps["keys"]
             k = k - k.mean(1, keepdims=True)
             q_moments = jnp.einsum("bnhi,bnhj,n->hij", q, q, weights)
-            return q_moments, jnp.einsum("bnhi,bnhj->hij", k, k) / x.shape[1]
+            return (), (q_moments, jnp.einsum("bnhi,bnhj->hij", k, k) / x.shape[1])
 
-        run = self._step("queries_and_keys", step, rows=False)
         state = self.parallel.place((block, tokens / tokens.sum()))
-        found = [jax.device_get(run(state, x)) for x in streams]
+        _, (q, k) = self._sums("queries_and_keys", step, state, streams)
         images = sum(len(x) for x in streams)
-        q, k = (np.sum([np.asarray(f[i], np.float64) for f in found], 0) / images for i in (0, 1))
-        return q, k
+        return q / images, k / images
 
     # ------------------------------------------------------------------------------------------- losses
 
@@ -245,7 +281,7 @@ class Walk:
         """
         dims, read = self.dims, self._read
 
-        def step(state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        def step(state: Any, batch: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             params, key = state
             key = jax.random.wrap_key_data(key)
             x = vit.stem(dims, _outside(params), self._normalise(batch["image"]))
@@ -267,18 +303,12 @@ class Walk:
                 (g,) = pull(_cotangent(read, loss, logits, batch, jax.random.fold_in(key, draw)))
                 found = jnp.einsum("lpbnd,lpbne->lpde", g, g), jnp.square(g).sum((2, 4))
                 total = jax.tree.map(jnp.add, total, found)
-            return total
+            return (), total
 
-        run = self._step(("sensitivities", loss is None), step, rows=False)
         state = self.parallel.place((vit.stack_blocks(params), jax.random.key_data(jax.random.key(seed))))
-        metrics: Any = 0.0
-        tokens: Any = 0.0
-        images = 0
-        for number, batch in enumerate(self.images.batches):
-            one = jax.device_get(run(state, batch))
-            metrics, tokens = metrics + one[0].astype(np.float64), tokens + one[1].astype(np.float64)
-            images += len(batch["image"])
-            told(number + 1)
+        batches = self.images.batches
+        _, (metrics, tokens) = self._sums(("sensitivities", loss is None), step, state, batches, told)
+        images = sum(len(batch["image"]) for batch in batches)
         times = images * (1 if loss is not None else draws)
         metrics, tokens = metrics / times, tokens / times
         prefix, patches = tokens[..., : dims.prefix].sum(-1) / max(dims.prefix, 1), tokens[..., dims.prefix :].mean(-1)

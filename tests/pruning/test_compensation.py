@@ -15,7 +15,7 @@ from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.parallel import Parallel
 from nvit_jax.pruning import leastsquares, obs, rebasis
 from nvit_jax.pruning.compensation import Chosen, align, compensate, value_features
-from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, moments, summed
+from nvit_jax.pruning.moments import NOTHING, Moments, Sensitivity, TokenMoments, add, moments, together
 from nvit_jax.pruning.statistics import Images, Walk, hold_back
 
 KEEP = Chosen(values=False, neurons=False)
@@ -62,11 +62,44 @@ def test_moments_of_batches_are_those_of_all():
     rng = np.random.default_rng(0)
     x, y = 5 + rng.standard_normal((12, 3, 4)), rng.standard_normal((12, 3, 2))
     with jax.enable_x64(True):
-        found = summed(moments(jnp.asarray(x[i : i + 5]), jnp.asarray(y[i : i + 5])) for i in (0, 5, 10))
+        parts = [moments(jnp.asarray(x[i : i + 5]), jnp.asarray(y[i : i + 5])) for i in (0, 5, 10)]
+    found = together([one[:3] for one in parts], tuple(np.sum([one[i] for one in parts], 0) for i in (3, 4, 5)))
     flat, target = x.reshape(-1, 4), y.reshape(-1, 2)
     assert found.weight == 36
     np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-12)
     np.testing.assert_allclose(found.cross, (flat - flat.mean(0)).T @ (target - target.mean(0)) / 36, atol=1e-12)
+
+
+def test_sums_of_many_batches_are_as_exact_as_of_two():
+    """A number too small to change the sum in float32 is added 10,000 times."""
+    adding = jax.jit(lambda total, more: jax.lax.fori_loop(0, 10_000, lambda _, t: add(t, more), total))
+    start, more = {"a": jnp.ones(3), "b": jnp.float32(-7)}, {"a": jnp.full(3, 1e-8), "b": jnp.float32(0.1)}
+    sums, lost = jax.device_get(adding((start, jax.tree.map(jnp.zeros_like, start)), more))
+    for name, value in sums.items():
+        found, each = value.astype(np.float64) - lost[name], np.asarray(more[name], np.float64)
+        np.testing.assert_allclose(found, np.asarray(start[name]) + 10_000 * each, rtol=1e-9)
+    assert np.ones(3, np.float32)[0] + np.float32(1e-8) == 1  # so a plain sum would still be 1
+
+
+def test_moments_of_a_walk_are_those_of_its_features():
+    """On the devices batch by batch, against NumPy in float64 on all tokens at once, to fit and held back."""
+    dims, params = model()
+    steps = walk(dims)
+    block = jax.tree.map(lambda leaf: leaf[0], vit.stack_blocks(params)["blocks"])
+    streams = steps.advance("attention", block, steps.begin(params))  # before it all class tokens are alike
+    after = steps.advance("mlp", block, streams)
+    for held, found in zip((False, True), steps.gather("mlp", block, streams, after), strict=True):
+        own = [i for i, back in enumerate(steps.images.held) if back == held]
+        x = np.concatenate([vit.part(dims, "mlp", block, streams[i])[1]["features"] for i in own]).astype(np.float64)
+        y = np.concatenate([after[i] - streams[i] for i in own]).astype(np.float64)
+        for tokens, one in zip((slice(0, dims.prefix), slice(dims.prefix, None)), found, strict=True):
+            flat, target = (v[:, tokens].reshape(-1, v.shape[-1]) for v in (x, y))
+            assert one.weight == len(flat)
+            c = np.cov(flat.T, target.T, bias=True)
+            tolerance = 1e-5 * np.abs(c).max()  # features of about 1 vary by 0.01, and are known to 6e-8
+            np.testing.assert_allclose(one.covariance, c[: flat.shape[1], : flat.shape[1]], atol=tolerance)
+            np.testing.assert_allclose(one.cross, c[: flat.shape[1], flat.shape[1] :], atol=tolerance)
+            np.testing.assert_allclose(one.x, flat.mean(0), atol=1e-6)
 
 
 def test_statistics_do_not_depend_on_devices():
@@ -130,27 +163,43 @@ def test_ridge_is_the_solution_of_the_normal_equations():
     own = Moments(50.0, x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
     r = 0.1 * np.trace(own.covariance) / 6
     expected = start + np.linalg.solve(cx.T @ cx / 50 + r * np.eye(6), cx.T @ (cy - cx @ start) / 50)
-    found = leastsquares.Ridge(own, start).weights(0.1)
+    found = leastsquares.ridge(own, start, 0.1)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     offset, metric = leastsquares.bias(own, found), np.arange(1.0, 5.0)
     wrong = np.square(x @ found + offset - y) @ metric
     assert leastsquares.error(own, found, offset, metric) == pytest.approx(wrong.mean(), rel=1e-10)
 
 
-@pytest.mark.parametrize("strength", leastsquares.RIDGES)
-def test_one_ridge_is_what_the_eigenvalues_give(strength):
+@pytest.mark.parametrize("samples", [9, 50])
+def test_the_errors_of_all_ridges_are_those_of_their_fits(samples):
     """Fewer samples than features as well; and features that never change keep their weights, broken ones are named."""
     rng = np.random.default_rng(2)
-    x, y, start = rng.standard_normal((9, 12)), rng.standard_normal((9, 4)), rng.standard_normal((12, 4))
-    cx, cy = x - x.mean(0), y - y.mean(0)
-    own = Moments(9.0, x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
-    found, expected = leastsquares.one_ridge(own, start, strength), leastsquares.Ridge(own, start).weights(strength)
+
+    def drawn(count):
+        x, y = rng.standard_normal((count, 12)) + 2, rng.standard_normal((count, 4)) - 1
+        cx, cy = x - x.mean(0), y - y.mean(0)
+        return Moments(float(count), x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
+
+    own, held, start, metric = drawn(samples), drawn(30), rng.standard_normal((12, 4)), np.arange(1.0, 5.0)
+
+    def error(strength):
+        weights = leastsquares.ridge(own, start, strength)
+        return leastsquares.error(held, weights, leastsquares.bias(own, weights), metric)
+
+    found, expected = leastsquares.ridge_errors(own, start, held, metric), [error(r) for r in leastsquares.RIDGES]
     # Two ways to solve in float64: they differ by the rounding times the condition number, 1e7 at the smallest ridge.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
     still = own._replace(xx=0 * own.xx)
-    np.testing.assert_array_equal(leastsquares.one_ridge(still, start, strength), start)
+    np.testing.assert_array_equal(leastsquares.ridge(still, start, 0.1), start)
+    np.testing.assert_allclose(
+        leastsquares.ridge_errors(still, start, held, metric),
+        leastsquares.error(held, start, leastsquares.bias(still, start), metric),
+    )
+    broken = own._replace(xx=own.xx * np.inf)
     with pytest.raises(NotFinite, match="not finite"):
-        leastsquares.one_ridge(own._replace(xx=own.xx * np.inf), start, strength)
+        leastsquares.ridge(broken, start, 0.1)
+    with pytest.raises(NotFinite, match="not finite"):
+        leastsquares.ridge_errors(broken, start, held, metric)
 
 
 def test_removal_costs_what_the_best_fit_of_the_rest_errs():
@@ -165,6 +214,32 @@ def test_removal_costs_what_the_best_fit_of_the_rest_errs():
         rest = np.sort(order[gone:])
         error = x @ w - x[:, rest] @ np.linalg.lstsq(x[:, rest], x @ w, rcond=None)[0]
         assert cost[gone] == pytest.approx(0.5 * np.einsum("nd,de,ne->", error, metric, error) / 200, rel=1e-5)
+
+
+def test_removal_is_updated_fit_by_fit(monkeypatch):
+    """`without` after every chunk gives the same order and costs; some features are not there."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((300, 40)) @ rng.standard_normal((40, 40)) + 1
+    y, live = x @ rng.standard_normal((40, 6)), rng.random(40) < 0.8
+    cx, cy, metric = x - x.mean(0), y - y.mean(0), np.diag(np.arange(1.0, 7.0))
+    own = Moments(300.0, x.mean(0), y.mean(0), cx.T @ cx, cx.T @ cy, np.square(cy).sum(0))
+    left = np.flatnonzero(live)
+    c = own.covariance[np.ix_(left, left)]
+    inverse = np.linalg.inv(c + 0.01 * np.trace(c) / len(c) * np.eye(len(c)))
+    weights = inverse @ own.cross[left] @ np.sqrt(metric)
+    order, cost = [], [0.0]
+    while len(left):
+        loss = np.square(weights).sum(1) / np.diag(inverse)
+        gone = np.argsort(loss)[:3]
+        order += left[gone].tolist()
+        left = np.delete(left, gone)
+        weights, inverse, more = leastsquares.without(weights, inverse, gone)
+        cost.append(cost[-1] + more / 2)
+    for waiting in (1, 7, 256):
+        monkeypatch.setattr(leastsquares, "_WAITING", waiting)
+        found, costs = leastsquares.removal(own, metric, live, 0.01, least=3)
+        assert found.tolist() == order
+        np.testing.assert_allclose(costs[np.minimum(np.arange(0, len(order) + 3, 3), len(order))], cost, rtol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------- rebasis
@@ -302,8 +377,8 @@ def test_both_readers_of_a_pooling_make_good_for_channels_that_are_gone(x64):
     rng = np.random.default_rng(7)
     x, embed = rng.standard_normal((60, 2, 8)), np.array([1.0] * 5 + [0.0] * 3)
     x[..., 5:] = x[..., :5] @ rng.standard_normal((5, 3)) + 2
-    nothing = summed(())
-    found = TokenMoments(nothing, summed([tuple(map(np.asarray, moments(x * embed, x)))]))
+    one = tuple(map(np.asarray, moments(x * embed, x)))
+    found = TokenMoments(NOTHING, together([one[:3]], one[3:]))
     params = {"head": {"kernel": rng.standard_normal((8, 3)), "bias": np.ones(3)}}
     params["head_mean"] = {"kernel": rng.standard_normal((8, 3))}
     felt = Sensitivity(np.zeros((0, 0)), 1.0, 1.0)
@@ -361,14 +436,11 @@ def test_hard_statistics_give_finite_weights(case):
 def test_held_back_images_are_in_no_fit():
     one = Moments(4.0, np.zeros(2), np.zeros(1), np.eye(2), np.ones((2, 1)), np.ones(1))
     other = one._replace(xx=2 * np.eye(2))
-    nothing = Moments(0.0, *(np.zeros(0),) * 5)
     dims, params = model()
     felt = sensitivities(walk(dims), params)[0]
     felt = dataclasses.replace(felt, metric=np.ones((1, 1)))
     start = np.zeros((2, 1))
-    fitted, held = TokenMoments(nothing, one), TokenMoments(nothing, other)
+    fitted, held = TokenMoments(NOTHING, one), TokenMoments(NOTHING, other)
     found = leastsquares.fit(fitted, held, start, felt, use_held=False)
-    np.testing.assert_allclose(
-        found.weights, leastsquares.Ridge(one.scaled(0.25), start).weights(found.strength), rtol=1e-12
-    )
+    np.testing.assert_allclose(found.weights, leastsquares.ridge(one.scaled(0.25), start, found.strength), rtol=1e-12)
     assert hold_back(10) == [False] * 4 + [True] + [False] * 4 + [True] and hold_back(1) == [False]
