@@ -16,7 +16,7 @@ from nvit_jax.model import groups, vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import PAIRED, Params
 from nvit_jax.pruning import rebasis
-from nvit_jax.pruning.leastsquares import Fit, fit, removal
+from nvit_jax.pruning.leastsquares import POWERS, Fit, fit, removal
 from nvit_jax.pruning.moments import Sensitivity, TokenMoments
 from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
@@ -292,10 +292,11 @@ def fit_part(
     felt: Sensitivity,
     *,
     use_held: bool,
+    powers: tuple[float, ...] = POWERS,
 ) -> Params:
     """One part of one block with its writer fitted to what it should write, by the features that the masks keep.
 
-    Of a part that keeps nothing the bias is fitted: the mean of what it should write.
+    Of a part that keeps nothing the bias is fitted: the mean of what it should write. `powers` as of `fit`.
     """
     fitted, held = moments
     _, start, _ = writer(block, part)
@@ -305,5 +306,5 @@ def fit_part(
         heads, width = dims.heads[index], dims.v[index]
         live = masks.v[index][:heads, :width] * masks.head[index][:heads, None]
     keep = np.flatnonzero(live.reshape(-1))
-    found = fit(pick(fitted, keep), pick(held, keep), start[keep], felt, use_held=use_held)
+    found = fit(pick(fitted, keep), pick(held, keep), start[keep], felt, use_held=use_held, powers=powers)
     return written(block, part, keep, found)

@@ -3,8 +3,8 @@
 Each block's attention is put into the bases of rebasis.py, its neurons into the order of leastsquares.removal. That
 gives a curve for each kind of unit in each block: the loss when the first 0, 1, 2, ... are gone and the rest is fitted
 anew, estimated to second order. Such an estimate holds for small cuts. A few real ones tell how far it is off for large
-ones: one part is cut to a width and compensated, the rest of the model stays, and the divergence of the outputs on
-held-back images scales the curve. A unit's score is what the curve rises by when it goes.
+ones: one part is cut to a width and compensated, the rest of the model stays, and the divergence of the outputs on some
+images scales the curve. A unit's score is what the curve rises by when it goes.
 
 Where a part may go whole, it really is removed once, too: all but the mean of what it writes. What that does to the
 outputs is the sum of the scores of its neurons, or of its heads.
@@ -23,12 +23,12 @@ from nvit_jax.model.groups import Params
 from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.pruning import compensation, rebasis
 from nvit_jax.pruning.compensation import NORMS, ORDER, TOKENS
-from nvit_jax.pruning.leastsquares import removal, solve
+from nvit_jax.pruning.leastsquares import inverse, removal, solve
 from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
 from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
 CUTS = (0.625, 0.375, 0.125)  # widths that are really cut to, of the whole
-_JUDGED = 60  # held-back images, about, that are looked at after a real cut
+JUDGED = 160  # images, about, that are looked at after a real cut
 _LEAST = 1e-7  # divergence that rounding makes
 
 
@@ -172,28 +172,31 @@ def _head_losses(moments: Moments, metric: np.ndarray, heads: int) -> np.ndarray
     """[H] half the error when one head goes and the others make good for it."""
     c = moments.covariance
     scale = max(float(np.trace(c)) / len(c), np.finfo(float).tiny)
-    inverse = solve(c + ORDER * scale * np.eye(len(c)), np.eye(len(c)))
-    weights = inverse @ moments.cross
+    inverted = inverse(c + ORDER * scale * np.eye(len(c)))
+    weights = inverted @ moments.cross
     width = len(c) // heads
     losses = []
     for head in range(heads):
         own = slice(head * width, (head + 1) * width)
-        error = weights[own].T @ solve(inverse[own, own], weights[own])
+        error = weights[own].T @ solve(inverted[own, own], weights[own])
         losses.append(max(float((metric * error).sum()), 0.0) / 2)
     return np.array(losses)
 
 
 class _Judge:
-    """Real cuts, and what they do to the outputs on held-back images, or on all where none are."""
+    """Real cuts, and what they do to the outputs on some images: those that are held back from the fits come first.
+
+    The divergence of few images is noisy, and that harms more than that others were fitted to (docs/results.md).
+    """
 
     def __init__(self, walk: Walk, params: Params) -> None:
         self.walk = walk
         self.params = walk.parallel.place(vit.stack_blocks(params))
         everything = walk.begin(params)
-        held = [i for i, back in enumerate(walk.images.held) if back or not any(walk.images.held)]
+        held_first = sorted(range(len(everything)), key=lambda i: not walk.images.held[i])
         size = len(walk.images.batches[0]["image"])
-        self.held = held[: max(_JUDGED // size, 1)]
-        self.dense = walk.finish(self.params, [everything[i] for i in self.held], 0)
+        self.batches = held_first[: max(JUDGED // size, 1)]
+        self.dense = walk.finish(self.params, [everything[i] for i in self.batches], 0)
 
     def scaled(
         self,
@@ -262,9 +265,11 @@ class _Judge:
         moments = found.moments[part]
         if kind == "qk" or NORMS[part][0] in found.block:  # other logits, or another norm: other features
             moments = compensation.part_moments(walk, found.block, masks, index, part, before, after, cut=True)
-        block = compensation.fit_part(walk.dims, found.block, masks, index, part, moments, felt[at], use_held=False)
+        block = compensation.fit_part(
+            walk.dims, found.block, masks, index, part, moments, felt[at], use_held=False, powers=(TOKENS,)
+        )
         ready = padded_block(walk.dims, compensation.masked_block(block, masks, index))
-        x = walk.advance(part, ready, [before[i] for i in self.held])
+        x = walk.advance(part, ready, [before[i] for i in self.batches])
         x = walk.advance("mlp", ready, x) if part == "attention" else x
         divergence = walk.divergence(walk.finish(self.params, x, index + 1), self.dense)
         cuts.append({"block": index, "kind": kind, "width": width, "estimate": estimate, "divergence": divergence})

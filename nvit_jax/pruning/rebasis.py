@@ -18,7 +18,7 @@ from scipy import linalg
 from nvit_jax.errors import UserError
 from nvit_jax.model import groups
 from nvit_jax.model.groups import Params
-from nvit_jax.pruning.leastsquares import root, solve, without
+from nvit_jax.pruning.leastsquares import inverse, root, without
 from nvit_jax.pruning.moments import Moments
 
 _EVEN = 1e-6  # of the mean variance is added to moments that a basis comes from
@@ -48,40 +48,40 @@ def value_basis(
     scale = float(np.trace(c)) / max(len(c), 1)
     if not scale > 0:
         return bases, np.zeros(width + 1)  # values that never change carry nothing
-    inverse = solve(c + strength * scale * np.eye(len(c)), np.eye(len(c)))
-    weights = inverse @ (moments.cross[rows] @ root(metric))
+    inverted = inverse(c + strength * scale * np.eye(len(c)))
+    weights = inverted @ (moments.cross[rows] @ root(metric))
     frames = [np.eye(width) for _ in live]  # of what is left of each head
     cost = [0.0]
     for rank in range(width, 0, -1):
         for i, head in enumerate(live):
             own = slice(i * rank, (i + 1) * rank)
-            turn = (_last_dim if fixed else _last)(weights[own], inverse[own, own])
+            turn = (_last_dim if fixed else _last)(weights[own], inverted[own, own])
             weights[own] = turn.T @ weights[own]
-            inverse[own] = turn.T @ inverse[own]
-            inverse[:, own] = inverse[:, own] @ turn
+            inverted[own] = turn.T @ inverted[own]
+            inverted[:, own] = inverted[:, own] @ turn
             frames[i] = frames[i] @ turn
             bases[head][:, rank - 1], frames[i] = frames[i][:, -1], frames[i][:, :-1]
         gone = np.arange(rank - 1, len(weights), rank)
-        weights, inverse, loss = without(weights, inverse, gone)
+        weights, inverted, loss = without(weights, inverted, gone)
         cost.append(cost[-1] + loss)
     return bases, np.array(cost) / 2
 
 
-def _last(weights: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _last(weights: np.ndarray, inverted: np.ndarray) -> np.ndarray:
     """[r, r], orthonormal: its last column is the direction u that goes, of least |u' W|^2 / (u' C^-1 u).
 
     That is the optimal brain surgeon's loss, of a direction instead of a feature.
     """
-    _, vectors = linalg.eigh(weights @ weights.T, inverse, subset_by_index=[0, 0])
+    _, vectors = linalg.eigh(weights @ weights.T, inverted, subset_by_index=[0, 0])
     u = vectors[:, 0] / np.linalg.norm(vectors[:, 0])
     mirror = -np.copysign(1.0, u[-1]) * u  # below 0 in the last place: no cancellation
     mirror[-1] -= 1
     return np.asarray(np.eye(len(u)) - 2 * np.outer(mirror, mirror) / (mirror @ mirror))
 
 
-def _last_dim(weights: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _last_dim(weights: np.ndarray, inverted: np.ndarray) -> np.ndarray:
     """As `_last`, of the dims as they are: the one that goes changes places with the last one."""
-    losses = np.square(weights).sum(1) / np.maximum(np.diag(inverse), np.finfo(float).tiny)
+    losses = np.square(weights).sum(1) / np.maximum(np.diag(inverted), np.finfo(float).tiny)
     order = np.arange(len(weights))
     least = int(losses.argmin())
     order[[least, -1]] = order[[-1, least]]

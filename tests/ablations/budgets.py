@@ -10,13 +10,15 @@ drawn, and only time and memory are told.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -26,27 +28,52 @@ from nvit_jax.files import read_json, write_json
 from nvit_jax.latency import timing
 from nvit_jax.model import vit
 from nvit_jax.model.dims import count_macs
+from nvit_jax.pruning import compensation, obs, rebasis
 from nvit_jax.training.monitor import Console
 from tests.ablations.halves import halves
 from tests.ablations.one_shot import Judge
 
 RATIO = 0.5  # of the MACs, with random weights
+# The linear algebra, which the host does; all else is done on the device.
+HOST = [(compensation, "fit"), (compensation, "removal"), (obs, "removal"), (obs, "_head_losses")]
+HOST += [(rebasis, "value_basis")]
 
 
 class Steps(Console):
-    """Keeps the seconds of every step and the process's peak memory behind it."""
+    """Keeps the seconds of every step, those of the host's linear algebra in it, and the peak memory behind it."""
 
     def __init__(self) -> None:
         super().__init__("prune")
         self.steps: list[dict[str, Any]] = []
+        self._host = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While the host's part is counted."""
+
+        def timed(call: Any) -> Any:
+            @functools.wraps(call)
+            def run(*given: Any, **named: Any) -> Any:
+                began = time.monotonic()
+                try:
+                    return call(*given, **named)
+                finally:
+                    self._host += time.monotonic() - began
+
+            return run
+
+        with ExitStack() as patches:
+            for module, name in HOST:
+                patches.enter_context(mock.patch.object(module, name, timed(getattr(module, name))))
+            yield
 
     @contextmanager
     def progress(self, total: int | None, initial: int = 0, *, what: str = "", unit: str = "step") -> Iterator[None]:
-        began = time.monotonic()
+        began, host = time.monotonic(), self._host
         with super().progress(total, initial, what=what, unit=unit):
             yield
-        seconds = time.monotonic() - began
-        self.steps.append({"step": what, "seconds": round(seconds, 1), "peak_mib": peak()})
+        found = {"seconds": round(time.monotonic() - began, 1), "host_seconds": round(self._host - host, 1)}
+        self.steps.append({"step": what, **found, "peak_mib": peak()})
 
 
 def peak() -> int:
@@ -59,7 +86,8 @@ def family(model: nvit.Model, images: np.ndarray, judge: Judge, kind: str, ratio
     told = Steps()
     largest, smallest = sorted(ratios, reverse=True)[:-1], min(ratios)
     before = peak()
-    found = nvit.prune(model, images, snapshots=largest, measure=None, progress=told, **{kind: smallest}, **how)
+    with told.watching():
+        found = nvit.prune(model, images, snapshots=largest, measure=None, progress=told, **{kind: smallest}, **how)
     models = {ratio: one.compact() for ratio, one in found.snapshots.items()} | {smallest: found.model}
     times = nvit.benchmark([model, *models.values()], batch=32)[1:]
     table = how.get("latency_table")
@@ -89,7 +117,8 @@ def drawn(name: str, count: int) -> Any:
     shape = (count, dims.image, dims.image, dims.channels)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     told, before = Steps(), peak()
-    nvit.prune(model, images, macs=RATIO, measure=None, progress=told)
+    with told.watching():
+        nvit.prune(model, images, macs=RATIO, measure=None, progress=told)
     return {"model": name, "images": count, "ratio": RATIO, "before_mib": before, "steps": told.steps}
 
 
@@ -107,13 +136,15 @@ def sizes_table(found: dict[str, Any]) -> str:
 
 def steps_table(found: dict[str, Any]) -> str:
     """Markdown: what every step took. Compensation is done once for each size of a family."""
-    lines = ["| model | images | step | seconds | times | peak memory, MiB |", "|---|---|---|---|---|---|"]
+    lines = ["| model | images | step | seconds | linear algebra | times | peak memory, MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for part in (found[kind] for kind in ("macs", "random") if kind in found):
         model = f"| {part.get('model', 'deit_tiny')} | {part['images']} |"
         for name in dict.fromkeys(step["step"] for step in part["steps"]):
             same = [step for step in part["steps"] if step["step"] == name]
-            seconds, most = np.mean([step["seconds"] for step in same]), max(step["peak_mib"] for step in same)
-            lines.append(f"{model} {name or 'all of it'} | {seconds:.0f} | {len(same)} | {most:,} |")
+            seconds, host = (np.mean([step[which] for step in same]) for which in ("seconds", "host_seconds"))
+            most = max(step["peak_mib"] for step in same)
+            lines.append(f"{model} {name or 'all of it'} | {seconds:.0f} | {host:.0f} | {len(same)} | {most:,} |")
     return "\n".join(lines)
 
 
