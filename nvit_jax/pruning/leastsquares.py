@@ -19,7 +19,7 @@ from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments, check_f
 RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # parts of the mean variance
 POWERS = (0.0, 0.25, 0.5)  # of the tokens' weights
 _LEAST = 1e-9  # of the mean variance: what is smaller is rounding
-_SMALL = 1e-150
+_SMALL = 1e-150  # the squares of smaller numbers, and of their inverses, are not in float64
 _CHUNKS = 96  # in which the features of wide layers go
 _WAITING = 256  # features that are gone, before C^-1 is written anew without them
 
@@ -28,9 +28,9 @@ _WAITING = 256  # features that are gone, before C^-1 is written anew without th
 
 
 def positive(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A symmetric positive (semi)definite matrix with more on its diagonal, if it needs that, and its lower factor.
+    """A symmetric positive (semi)definite matrix with more on its diagonal, if it needs that, and its Cholesky factor.
 
-    Cholesky's, of numbers whose squares, and those of their inverses, are in float64.
+    The factor is the lower one; none of its diagonal is below _SMALL.
     """
     check_finite(matrix)
     scale = max(float(np.trace(matrix)) / max(len(matrix), 1), np.finfo(float).tiny)

@@ -3,8 +3,8 @@
 Each block's attention is put into the bases of rebasis.py, its neurons into the order of leastsquares.removal. That
 gives a curve for each kind of unit in each block: the loss when the first 0, 1, 2, ... are gone and the rest is fitted
 anew, estimated to second order. Such an estimate holds for small cuts. A few real ones tell how far it is off for large
-ones: one part is cut to a width and compensated, the rest of the model stays, and the divergence of the outputs on some
-images scales the curve. A unit's score is what the curve rises by when it goes.
+ones: one part is cut to a width and compensated, the rest of the model stays, and the divergence of the outputs on
+held-back images scales the curve. A unit's score is what the curve rises by when it goes.
 
 Where a part may go whole, it really is removed once, too: all but the mean of what it writes. What that does to the
 outputs is the sum of the scores of its neurons, or of its heads.
@@ -28,7 +28,7 @@ from nvit_jax.pruning.moments import Moments, Sensitivity, TokenMoments
 from nvit_jax.pruning.statistics import Streams, Walk, padded_block
 
 CUTS = (0.625, 0.375, 0.125)  # widths that are really cut to, of the whole
-JUDGED = 160  # images, about, that are looked at after a real cut
+_JUDGED = 60  # held-back images, about, that are looked at after a real cut
 _LEAST = 1e-7  # divergence that rounding makes
 
 
@@ -184,19 +184,16 @@ def _head_losses(moments: Moments, metric: np.ndarray, heads: int) -> np.ndarray
 
 
 class _Judge:
-    """Real cuts, and what they do to the outputs on some images: those that are held back from the fits come first.
-
-    The divergence of few images is noisy, and that harms more than that others were fitted to (docs/results.md).
-    """
+    """Real cuts, and what they do to the outputs on held-back images, or on all where none are."""
 
     def __init__(self, walk: Walk, params: Params) -> None:
         self.walk = walk
         self.params = walk.parallel.place(vit.stack_blocks(params))
         everything = walk.begin(params)
-        held_first = sorted(range(len(everything)), key=lambda i: not walk.images.held[i])
+        held = [i for i, back in enumerate(walk.images.held) if back or not any(walk.images.held)]
         size = len(walk.images.batches[0]["image"])
-        self.batches = held_first[: max(JUDGED // size, 1)]
-        self.dense = walk.finish(self.params, [everything[i] for i in self.batches], 0)
+        self.held = held[: max(_JUDGED // size, 1)]
+        self.dense = walk.finish(self.params, [everything[i] for i in self.held], 0)
 
     def scaled(
         self,
@@ -269,7 +266,7 @@ class _Judge:
             walk.dims, found.block, masks, index, part, moments, felt[at], use_held=False, powers=(TOKENS,)
         )
         ready = padded_block(walk.dims, compensation.masked_block(block, masks, index))
-        x = walk.advance(part, ready, [before[i] for i in self.batches])
+        x = walk.advance(part, ready, [before[i] for i in self.held])
         x = walk.advance("mlp", ready, x) if part == "attention" else x
         divergence = walk.divergence(walk.finish(self.params, x, index + 1), self.dense)
         cuts.append({"block": index, "kind": kind, "width": width, "estimate": estimate, "divergence": divergence})

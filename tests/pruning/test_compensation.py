@@ -428,17 +428,6 @@ def test_hard_statistics_give_finite_weights(case):
     assert np.isfinite(logits(dims, found.params, steps, found.masks)).all()
 
 
-def test_held_back_images_judge_the_real_cuts_first(monkeypatch):
-    dims, params = model()
-    steps = walk(dims, images=80)  # ten batches; the fifth and the tenth are held back
-    assert obs._Judge(steps, params).batches == [4, 9, 0, 1, 2, 3, 5, 6, 7, 8]
-    for judged, expected in ((4, [4]), (16, [4, 9]), (30, [4, 9, 0])):
-        monkeypatch.setattr(obs, "JUDGED", judged)
-        found = obs._Judge(steps, params)
-        assert found.batches == expected
-        np.testing.assert_array_equal(found.dense[0], steps.finish(found.params, [steps.begin(params)[4]], 0)[0])
-
-
 def test_held_back_images_are_in_no_fit():
     one = Moments(4.0, np.zeros(2), np.zeros(1), np.eye(2), np.ones((2, 1)), np.ones(1))
     other = one._replace(xx=2 * np.eye(2))
