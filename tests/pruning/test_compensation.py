@@ -197,6 +197,24 @@ def test_the_errors_of_all_ridges_are_those_of_their_fits(samples):
         leastsquares.ridge_errors([broken], start, held, metric)
 
 
+def test_matrices_that_are_not_positive_are_made_so():
+    """All zeros, rank 1, rounded below 0, so small that squares vanish; what is positive stays as it is."""
+    right = np.eye(3)
+    rounded = np.diag([1.0, 1.0, -1e-13])
+    for matrix in (np.zeros((3, 3)), np.ones((3, 3)), rounded, 1e-200 * np.eye(3), 1e-320 * np.eye(3)):
+        raised, factor = leastsquares.positive(matrix)
+        np.testing.assert_allclose(factor @ factor.T, raised, atol=1e-15 * np.abs(raised).max())
+        assert np.abs(raised - matrix).max() <= 1e-8 * max(np.abs(matrix).max(), 1e-200)
+        for found in (leastsquares.solve(matrix, right), leastsquares.inverse(matrix)):
+            assert np.isfinite(found).all() and np.isfinite(np.square(found / np.abs(found).max())).all()
+    good = np.array([[2.0, 1.0], [1.0, 2.0]])
+    assert leastsquares.positive(good)[0] is good
+    np.testing.assert_allclose(leastsquares.inverse(good), np.linalg.inv(good), rtol=1e-14)
+    with pytest.raises(NotFinite, match="not finite"):
+        leastsquares.solve(np.full((2, 2), np.nan), np.ones((2, 1)))
+    assert leastsquares.solve(np.zeros((0, 0)), np.zeros((0, 4))).shape == (0, 4)
+
+
 def test_removal_costs_what_the_best_fit_of_the_rest_errs():
     rng = np.random.default_rng(2)
     x, w = rng.standard_normal((200, 8)) @ rng.standard_normal((8, 8)), rng.standard_normal((8, 3))
