@@ -86,7 +86,7 @@ def spectrum(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, vectors
 
 
-def together(batches: list[tuple[Any, ...]], within: tuple[Any, ...]) -> Moments:
+def of_batches(batches: list[tuple[Any, ...]], within: tuple[Any, ...]) -> Moments:
     """Moments of all batches, float64.
 
     Args:

@@ -19,7 +19,7 @@ from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.groups import Params, flatten, unflatten
 from nvit_jax.model.masks import full_masks
 from nvit_jax.parallel import Parallel, fetch
-from nvit_jax.pruning.moments import NOTHING, Sensitivity, TokenMoments, add, moments, together
+from nvit_jax.pruning.moments import NOTHING, Sensitivity, TokenMoments, add, moments, of_batches
 from nvit_jax.pruning.saliency import per_sample
 from nvit_jax.training.losses import cross_entropy, draw_directions, draw_labels, feature_distance, kl_nvit
 
@@ -72,12 +72,7 @@ class Walk:
     def _step(self, key: Any, step: Callable[..., Any], *, rows: bool) -> Callable[..., Any]:
         """`step(state, batch)`, compiled at its first use; what it returns lies in rows, or whole on every device."""
         if key not in self._steps:
-
-            def exact(state: Any, batch: Any) -> Any:
-                with jax.default_matmul_precision("float32"):
-                    return step(state, batch)
-
-            self._steps[key] = self.parallel.compile_walk(exact, rows=rows)
+            self._steps[key] = self.parallel.compile_walk(_exact(step), rows=rows)
         found: Callable[..., Any] = self._steps[key]
         return found
 
@@ -98,8 +93,7 @@ class Walk:
         if key not in self._steps:
 
             def adding(total: Any, state: Any, batch: Any) -> Any:
-                with jax.default_matmul_precision("float32"):
-                    small, large = step(state, batch)
+                small, large = _exact(step)(state, batch)
                 return small, add(total, large)
 
             shapes = jax.eval_shape(step, state, batches[0])[1]
@@ -195,7 +189,7 @@ class Walk:
             small, large = self._sums(key, step, placed, batches)
             if not small:
                 return TokenMoments(NOTHING, NOTHING)
-            found = [together([one[i] for one in small], large[i]) for i in range(len(groups))]
+            found = [of_batches([one[i] for one in small], large[i]) for i in range(len(groups))]
             return TokenMoments(*[NOTHING] * (2 - len(found)), *found)
 
         return of(held=False), of(held=True)
@@ -357,6 +351,16 @@ class Walk:
             done += len(one)
             told(number + 1)
         return found
+
+
+def _exact(step: Callable[..., Any]) -> Callable[..., Any]:
+    """With products in full float32, on devices that would round their inputs, too."""
+
+    def run(state: Any, batch: Any) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return step(state, batch)
+
+    return run
 
 
 def _cotangent(dims: ViTDims, loss: Loss | None, logits: jax.Array, batch: Any, key: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from nvit_jax.model.masks import full_masks, normalize
 from nvit_jax.parallel import Parallel
 from nvit_jax.pruning import leastsquares, obs, rebasis
 from nvit_jax.pruning.compensation import Chosen, align, compensate, value_features
-from nvit_jax.pruning.moments import NOTHING, Moments, Sensitivity, TokenMoments, add, moments, together
+from nvit_jax.pruning.moments import NOTHING, Moments, Sensitivity, TokenMoments, add, moments, of_batches
 from nvit_jax.pruning.statistics import Images, Walk, hold_back
 
 KEEP = Chosen(values=False, neurons=False)
@@ -63,7 +63,7 @@ def test_moments_of_batches_are_those_of_all():
     x, y = 5 + rng.standard_normal((12, 3, 4)), rng.standard_normal((12, 3, 2))
     with jax.enable_x64(True):
         parts = [moments(jnp.asarray(x[i : i + 5]), jnp.asarray(y[i : i + 5])) for i in (0, 5, 10)]
-    found = together([one[:3] for one in parts], tuple(np.sum([one[i] for one in parts], 0) for i in (3, 4, 5)))
+    found = of_batches([one[:3] for one in parts], tuple(np.sum([one[i] for one in parts], 0) for i in (3, 4, 5)))
     flat, target = x.reshape(-1, 4), y.reshape(-1, 2)
     assert found.weight == 36
     np.testing.assert_allclose(found.covariance, np.cov(flat.T, bias=True), rtol=1e-12)
@@ -391,7 +391,7 @@ def test_both_readers_of_a_pooling_make_good_for_channels_that_are_gone(x64):
     x, embed = rng.standard_normal((60, 2, 8)), np.array([1.0] * 5 + [0.0] * 3)
     x[..., 5:] = x[..., :5] @ rng.standard_normal((5, 3)) + 2
     one = tuple(map(np.asarray, moments(x * embed, x)))
-    found = TokenMoments(NOTHING, together([one[:3]], one[3:]))
+    found = TokenMoments(NOTHING, of_batches([one[:3]], one[3:]))
     params = {"head": {"kernel": rng.standard_normal((8, 3)), "bias": np.ones(3)}}
     params["head_mean"] = {"kernel": rng.standard_normal((8, 3))}
     felt = Sensitivity(np.zeros((0, 0)), 1.0, 1.0)
