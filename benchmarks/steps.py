@@ -95,7 +95,7 @@ def scoring(dims: ViTDims, images: np.ndarray, labels: np.ndarray, batch: int, c
         dims, make_feed((images, labels), dims, preprocessing(dims)), recipe, Model(dims, params), Monitor()
     )
     optimizer = recipe.make_optimizer(recipe.learning_rate)
-    step = trainer.compiled_plain(make_score_step(dims, chosen, Objective()))
+    step = trainer.compiled_plain(make_score_step(dims, chosen, Objective(), parallel=trainer.parallel))
     state = trainer.parallel.place(distill.new_state(params, optimizer, 0, masks=full_masks(dims)))
     inputs = trainer.inputs(state)
     with contextlib.closing(trainer.feed.reader(Draws(batch, (0,), trainer.parallel))) as reader:

@@ -124,7 +124,11 @@ class Pruner:
         if self.setup.scoring.calibrated:
             return train, _no_training
         score = make_score_step(
-            self.dims, self.setup.scoring, objective, label_teacher=teacher.logits if teacher else None
+            self.dims,
+            self.setup.scoring,
+            objective,
+            label_teacher=teacher.logits if teacher else None,
+            parallel=self.trainer.parallel,
         )
         return train, self.trainer.compiled_plain(score)
 

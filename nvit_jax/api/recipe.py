@@ -23,8 +23,8 @@ _SHAPES: dict[str, Shape] = {
     "warmup_epochs": Number(0, 1e6),
     "clip_norm": Maybe(Number(1e-9, 1e9)),
     **dict.fromkeys(("dropout", "drop_path", "ema"), Number(0, below=1)),
-    **dict.fromkeys(("batch", "learning_rate_batch"), Maybe(whole(1, 10**9))),
-    **dict.fromkeys(("accumulate", "log_every", "save_every"), whole(1, 10**9)),
+    **dict.fromkeys(("batch", "learning_rate_batch", "accumulate"), Maybe(whole(1, 10**9))),
+    **dict.fromkeys(("log_every", "save_every"), whole(1, 10**9)),
     **dict.fromkeys(("evaluate_every", "stream"), whole(0, 10**9)),
     "seed": whole(0, 2**32 - 1, "from 0 to 2**32 - 1"),
     "remat": Flag(),
@@ -55,7 +55,7 @@ class Recipe:
     ema: float = 0.0  # decay of the averaged weights that become the model; 0: the weights themselves
     augment: Augment = dataclasses.field(default_factory=Augment)
     sparsity: str | None = None  # "magnitude" or "gradient": 2 of 4 weights go by this score and stay away
-    accumulate: int = 1  # parts that a batch goes through the device in, for less memory
+    accumulate: int | None = None  # parts that a batch goes through the device in; None: one, on a CPU small ones
     remat: bool = False  # compute blocks again in the backward pass: less memory, about a third slower
     dtype: str = "float32"  # of compute: or "bfloat16"
     matmul_precision: str | None = None  # None: the device's default

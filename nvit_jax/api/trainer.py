@@ -36,7 +36,7 @@ class Trainer:
         self.parallel = Parallel.create(recipe.parallel)
         self.batch = usual_batch(recipe.batch, feed, self.parallel)
         if isinstance(feed, SplitFeed):
-            self.parallel.check_batch(self.batch // recipe.accumulate, "batch / accumulate")
+            self.parallel.check_batch(self.batch // (recipe.accumulate or 1), "batch / accumulate")
         self._pixels = recipe.augment.pixels(getattr(feed, "preprocessing", None))
         self._shards = recipe.augment.local_shards(self.parallel)
         self._teacher_dims = teacher.dims if teacher else None

@@ -1,8 +1,9 @@
 """Criteria: how much the loss cares about each unit. Pure functions (loss, params, masks, batch, key) -> Units.
 
 A criterion knows no model and no data. `loss(params, masks, batch)` returns per-example losses [B] and must accept
-gates with a batch axis (Units of [B, D], [L, B, H], ...). `mean` averages over the shards of the batch where the
-caller runs one program per device (pmap); it is applied before any square or product, as the mathematics asks.
+gates with a batch axis (Units of [B, D], [L, B, H], ...). `average(find, batch)` is the mean of find(batch) where the
+caller takes the batch in parts, or runs one program for each device (pmap). What `find` returns is a mean over its
+examples: no square or product of such means comes before `average`.
 Scores of removed units are 0.
 
 Probing (tests/ablations/probing.py; the demo's model, 2,392 units, 256 images, KL, one draw). Rank correlation with the
@@ -31,11 +32,11 @@ from nvit_jax.training.losses import Batch
 
 SCHEMES = ("all", "kind", "block", "part", "chunk", "unit")  # what probes of hvp and obd are confined to
 Loss = Callable[[Params, Units, Batch], jax.Array]
-Mean = Callable[[Any], Any]
+Average = Callable[[Callable[[Batch], Any], Batch], Any]
 
 
-def _same(tree: Any) -> Any:
-    return tree
+def _at_once(find: Callable[[Batch], Any], batch: Batch) -> Any:
+    return find(batch)
 
 
 def per_sample(masks: Units, size: int) -> Units:
@@ -93,7 +94,7 @@ def _curvature(
     scheme: str,
     chunk: int,
     probes: int,
-    mean: Mean,
+    average: Average,
 ) -> tuple[Units, Units]:
     """Gradient and diagonal curvature of the mean loss in the gates: (dl/dm_i, estimate of H_ii).
 
@@ -101,8 +102,15 @@ def _curvature(
     diagonal, so that ONE Hessian-vector product gives B independent estimates v_i (H_x v)_i, which are averaged.
     """
     masks = normalize(masks)
+    return average(functools.partial(_probed, loss, params, masks, key, _probe_parts(masks, scheme, chunk), probes), batch)
+
+
+def _probed(
+    loss: Loss, params: Params, masks: Units, key: jax.Array, confined: tuple[Units, int], probes: int, batch: Batch
+) -> tuple[Units, Units]:
+    """`_curvature` of one part of a batch."""
     gates = per_sample(masks, _size(batch))
-    parts, count = _probe_parts(masks, scheme, chunk)
+    parts, count = confined
 
     def gradient(gates: Units) -> Units:
         return jax.grad(lambda g: loss(params, g, batch).sum())(gates)
@@ -123,17 +131,16 @@ def _curvature(
     def probe(total: Units, number: jax.Array) -> tuple[Units, None]:
         signs = draw(number)
 
-        def confined(total: Units, place: jax.Array) -> tuple[Units, None]:
+        def one(total: Units, place: jax.Array) -> tuple[Units, None]:
             here = Units(*(jnp.expand_dims(p == place, min(k, 1)) for k, p in enumerate(parts)))
             v = jax.tree.map(jnp.multiply, signs, here)
             return jax.tree.map(lambda t, v, hv: t + v * hv, total, v, product(v)), None
 
-        return jax.lax.scan(confined, total, jnp.arange(count))
+        return jax.lax.scan(one, total, jnp.arange(count))
 
     zero = jax.tree.map(jnp.zeros_like, gates)
     total, _ = jax.lax.scan(probe, zero, jnp.arange(probes))
-    curvature = jax.tree.map(lambda t: t / probes, mean(_batch_mean(total)))
-    return mean(_batch_mean(first)), curvature
+    return _batch_mean(first), jax.tree.map(lambda t: t / probes, _batch_mean(total))
 
 
 def hvp(
@@ -146,14 +153,14 @@ def hvp(
     scheme: str = "chunk",
     chunk: int = 16,
     probes: int = 1,
-    mean: Mean = _same,
+    average: Average = _at_once,
 ) -> Units:
     """v_i (H v)_i averaged over probes v: an unbiased estimate of H_ii = w_S' H_SS w_S, the curvature of unit i alone.
 
     H is the Hessian of the mean loss in the gates, H v = jvp(grad(l)) (NViT equation 1 with the exact product in
     place of finite differences).
     """
-    _, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, mean)
+    _, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, average)
     return _masked(curvature, masks)
 
 
@@ -167,33 +174,41 @@ def obd(
     scheme: str = "chunk",
     chunk: int = 16,
     probes: int = 1,
-    mean: Mean = _same,
+    average: Average = _at_once,
 ) -> Units:
     """-dl/dm_i + H_ii / 2: the loss change of removing unit i (m_i from 1 to 0), to second order."""
-    first, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, mean)
+    first, curvature = _curvature(loss, params, masks, batch, key, scheme, chunk, probes, average)
     return _masked(jax.tree.map(lambda g, h: h / 2 - g, first, curvature), masks)
 
 
 def fisher(
-    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, mean: Mean = _same
+    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, average: Average = _at_once
 ) -> Units:
     """Mean over examples of (dl_x/dm_i)^2, from one backward pass: the gates have a batch axis.
 
     With data labels the empirical Fisher; with labels drawn from the unpruned model (`losses.draw_labels`) the
     Gauss-Newton diagonal.
     """
-    gates = per_sample(normalize(masks), _size(batch))
-    gradient = jax.grad(lambda g: loss(params, g, batch).sum())(gates)
-    return _masked(mean(_batch_mean(jax.tree.map(jnp.square, gradient))), masks)
+
+    def squares(batch: Batch) -> Units:
+        gates = per_sample(normalize(masks), _size(batch))
+        gradient = jax.grad(lambda g: loss(params, g, batch).sum())(gates)
+        return _batch_mean(jax.tree.map(jnp.square, gradient))
+
+    return _masked(average(squares, batch), masks)
 
 
 def hvp_joint(
-    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, mean: Mean = _same
+    loss: Loss, params: Params, masks: Units, batch: Batch, key: jax.Array | None = None, *, average: Average = _at_once
 ) -> Units:
     """m_i (H m)_i: curvature with all cross terms, one product. An ablation; poor alone."""
     masks = normalize(jax.tree.map(jnp.asarray, masks))
-    gradient = jax.grad(lambda g: loss(params, g, batch).mean())
-    return _masked(mean(jax.jvp(gradient, (masks,), (masks,))[1]), masks)
+
+    def product(batch: Batch) -> Units:
+        gradient = jax.grad(lambda g: loss(params, g, batch).mean())
+        return jax.jvp(gradient, (masks,), (masks,))[1]
+
+    return _masked(average(product, batch), masks)
 
 
 # The weights that the released NViT counts for a unit, and the constants it divides the sum by ("method 23").
@@ -249,14 +264,14 @@ def taylor(
     key: jax.Array | None = None,
     *,
     align: str = "per_head",
-    mean: Mean = _same,
+    average: Average = _at_once,
 ) -> Units:
     """(sum of w * dl/dw over a unit's weights / divisor)^2: the criterion of the released NViT (equation 6).
 
     align="shared" (the released code): one query/key or value index for all heads of a block, summed over the
     heads before squaring; each live head then carries an equal part of the score.
     """
-    gradient = mean(jax.grad(lambda p: loss(p, masks, batch).mean())(params))
+    gradient = average(lambda batch: jax.grad(lambda p: loss(p, masks, batch).mean())(params), batch)
     return taylor_of(params, gradient, masks, align=align)
 
 

@@ -13,13 +13,14 @@ from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
-from nvit_jax.parallel import device_bytes, fetch
+from nvit_jax.parallel import Parallel, device_bytes, fetch
 from nvit_jax.pruning import saliency
 from nvit_jax.schema import Flag, Maybe, Shape, check_fields, whole
 from nvit_jax.training import optim
 from nvit_jax.training.distill import Inputs, Stopped, TrainState
 from nvit_jax.training.losses import FEATURES, Batch, Objective, draw_directions, draw_labels, objective_loss
 from nvit_jax.training.monitor import Monitor
+from nvit_jax.training.parts import mean_over_parts, usual_parts
 
 CALIBRATED = ("obs", "fisher_set")  # no functions of a batch: obs.py, cross.py
 CRITERIA = (*CALIBRATED, *saliency.CRITERIA)
@@ -124,6 +125,7 @@ def make_score_step(
     *,
     label_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     criterion: Callable[..., Units] | None = None,
+    parallel: Parallel | None = None,
 ) -> Callable[..., Units]:
     """`step(inputs, batch, mean)` -> scores of one batch, in float32 at full matmul precision.
 
@@ -131,6 +133,7 @@ def make_score_step(
       mix: the training's objective, which the losses "mix" and "own" are made of.
       label_teacher: (params, images) -> logits [B, C], where `mix` has a teacher_alpha.
       criterion: in the place of `scoring.function()`.
+      parallel: what compiles the step; None: one device.
     """
     name, criterion = scoring.usual_loss, criterion or scoring.function()
     if name == "mix" and mix.label_weight == 0 and scoring.criterion in ("taylor", "fisher"):
@@ -155,7 +158,9 @@ def make_score_step(
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> Units:
         state = inputs.state
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        with jax.default_matmul_precision("float32"):
+
+        def complete(batch: Batch) -> Batch:
+            """With what the loss needs of the teachers."""
             if name not in ("labels", "own"):
                 batch = batch | {"teacher": forward(dims, inputs.teacher, batch["image"])}
             if objective.teacher_alpha:
@@ -165,9 +170,23 @@ def make_score_step(
                 batch = batch | {"label": draw_labels(batch["teacher"], key, batch["index"])}
             if name == "features" and scoring.criterion == "fisher":
                 batch = batch | {"direction": draw_directions(batch["teacher"], key, batch["index"])}
-            return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), mean=mean)
+            return batch
+
+        images = len(batch["image"]) // (parallel.seen if parallel else 1)
+        count = 1 if objective.own else usual_parts(dims, images)
+
+        def average(find: Callable[[Batch], Any], batch: Batch) -> Any:
+            return mean(mean_over_parts(lambda _, part: find(complete(part)), None, batch, count, parallel))
+
+        with jax.default_matmul_precision("float32"):
+            return criterion(loss, state.params, state.masks, batch, jax.random.fold_in(key, 1), average=average)
 
     return step
+
+
+def _memory(scoring: Scoring) -> float:
+    """Of a batch's scoring, in what its backward pass keeps of the blocks (`python -m benchmarks.memory`)."""
+    return 5 if scoring.criterion in ("hvp", "obd", "hvp_joint") else 1.5
 
 
 def _asks_for_remat(scoring: Scoring, dims: ViTDims, images: int) -> bool:
@@ -176,8 +195,7 @@ def _asks_for_remat(scoring: Scoring, dims: ViTDims, images: int) -> bool:
 
     Several processes must compile one program, and may have unlike devices: there always.
     """
-    times = 5 if scoring.criterion in ("hvp", "obd", "hvp_joint") else 1.5
-    return jax.process_count() > 1 or times * vit.kept_bytes(dims) * images > device_bytes() / 2
+    return jax.process_count() > 1 or _memory(scoring) * vit.kept_bytes(dims) * images > device_bytes() / 2
 
 
 def from_training(state: TrainState, steps: int) -> Units:

@@ -142,7 +142,7 @@ def default_config() -> ConfigDict:
     for name in ("latency_ratio", "latency_ms", "macs_ratio", "macs", "params_ratio", "params"):
         prune.target[name] = placeholder(float)
     prune.batch = 64  # images of a training step between prunings
-    prune.accumulate = 1  # as in pretrain and finetune
+    prune.accumulate = placeholder(int)  # as in pretrain and finetune
     prune.remat = False  # as in pretrain
     prune.learning_rate = 1e-4  # constant between prunings
     prune.weight_decay = 0.05  # as in pretrain
@@ -194,7 +194,7 @@ def _training(*, epochs: float, learning_rate: float) -> ConfigDict:
     c = ConfigDict()
     c.epochs = epochs  # passes over the training split
     c.batch = 64  # images of a step, over all devices
-    c.accumulate = 1  # parts that a batch goes through the device in, for less memory
+    c.accumulate = placeholder(int)  # parts that a batch goes through the device in; None: one, on a CPU small ones
     c.remat = False  # compute blocks again in the backward pass: less memory, about a third slower
     c.learning_rate = learning_rate  # the highest, after the warm-up
     c.learning_rate_batch = placeholder(int)  # the rate is for this many images and scales with batch (DeiT: 512)

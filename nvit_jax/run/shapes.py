@@ -51,7 +51,8 @@ _VIT: dict[str, Shape] = {
 }
 _TRAINING: dict[str, Shape] = {
     **dict.fromkeys(_in(LOOPS, "batch"), BATCH),
-    **dict.fromkeys(_in(LOOPS, "log_every", "save_every", "accumulate"), COUNT),
+    **dict.fromkeys(_in(LOOPS, "log_every", "save_every"), COUNT),
+    **dict.fromkeys(_in(LOOPS, "accumulate"), Maybe(COUNT)),
     **dict.fromkeys(_in(LOOPS, "remat"), Flag()),
     **dict.fromkeys(_in(LOOPS, "learning_rate", "weight_decay", "label_weight"), AMOUNT),
     **dict.fromkeys(_in(LOOPS, "clip_norm"), Maybe(POSITIVE)),

@@ -28,7 +28,7 @@ def _of_section(name: str) -> Iterator[Together]:
     """What holds for each training section."""
     yield Together(
         f"{name}.accumulate",
-        lambda c: c[name].batch % c[name].accumulate == 0,
+        lambda c: c[name].batch % (c[name].accumulate or 1) == 0,
         f"divides {name}.batch",
         f"does not divide batch={{c.{name}.batch}}",
     )

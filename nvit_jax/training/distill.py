@@ -18,6 +18,7 @@ from nvit_jax.parallel import Parallel
 from nvit_jax.training.losses import Batch, Objective, objective_loss
 from nvit_jax.training.monitor import Monitor
 from nvit_jax.training.optim import ema_update
+from nvit_jax.training.parts import mean_over_parts, usual_parts
 
 _ASK_EVERY = 8  # steps
 
@@ -63,7 +64,7 @@ def make_train_step(
     drop_path: float = 0.0,
     dropout: float = 0.0,
     ema_decay: float = 0.0,
-    accumulate: int = 1,
+    accumulate: int | None = None,
     parallel: Parallel | None = None,
     remat: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -71,7 +72,7 @@ def make_train_step(
 
     `label_teacher(params, images)` gives logits [B, C] where the objective has a teacher_alpha. `accumulate`: the batch
     goes through the models in that many parts, one after the other, for the memory of one; the same step but for
-    rounding. `parallel`, what compiles the step: with it the devices exchange gradients once, not for each part.
+    rounding. None: in the usual ones (`parts.usual_parts`), and whole with a loss of the user's. `parallel`, what compiles the step: with it the devices exchange gradients once, not for each part.
     `remat`: blocks are computed again in the backward pass.
     """
 
@@ -112,7 +113,11 @@ def make_train_step(
 
             return jax.grad(loss, has_aux=True)(params)
 
-        gradient, metrics = mean(_in_parts(part, (state.params, *inputs[1:]), batch, accumulate, parallel))
+        count = accumulate
+        if count is None:
+            images = len(batch["image"]) // (parallel.seen if parallel else 1)
+            count = 1 if objective.own else usual_parts(dims, images)
+        gradient, metrics = mean(mean_over_parts(part, (state.params, *inputs[1:]), batch, count, parallel))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = None if state.average is None else ema_update(state.average, params, state.step, ema_decay)
@@ -120,37 +125,6 @@ def make_train_step(
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state, average=average), metrics
 
     return step
-
-
-def _in_parts(part: Callable[..., Any], weights: Any, batch: Batch, count: int, parallel: Parallel | None) -> Any:
-    """The mean of `part(weights, batch)` over `count` parts of the batch. A device takes every count-th of its rows.
-
-    Sums stay apart for each device of `parallel` until the last part is done: gradients are exchanged once. All weights
-    are then on each device, and so are sums of all gradients.
-    """
-    if count == 1:
-        return part(weights, batch)
-    apart: Callable[[Any], Any] = parallel.apart if parallel else lambda tree: tree
-    shared = {name: value for name, value in batch.items() if jnp.ndim(value) == 0}
-    rows = {
-        name: jnp.moveaxis(value.reshape(parallel.seen if parallel else 1, -1, count, *value.shape[1:]), 2, 0)
-        for name, value in batch.items()
-        if name not in shared
-    }
-    weights = parallel.whole(weights) if parallel else weights
-
-    def each(number: Any) -> Any:
-        """[devices, ...]"""
-        here = apart(jax.tree.map(lambda x: x[number], rows))
-        return apart(jax.vmap(lambda rows: part(weights, shared | rows))(here))
-
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(each, 0))
-
-    def add(total: Any, number: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, each(number)), None
-
-    total, _ = jax.lax.scan(add, apart(zero), jnp.arange(count))
-    return jax.tree.map(lambda x: x.mean(0) / count, total)
 
 
 class Stopped(Exception):
