@@ -79,7 +79,8 @@ def program(stage: str, dims: ViTDims, batch: int, *, dtype: str = "float32", re
     if stage.startswith("score "):
         chosen = Scoring(criterion=stage.removeprefix("score "), scheme="kind", remat=remat)
         inputs = train_step(dims, parallel=parallel, masked=True)[1]._replace(teacher=vit.shapes(dims))
-        return parallel.compile(make_score_step(dims, chosen, Objective(), parallel=parallel)).lower(inputs, shapes).compile()
+        step = make_score_step(dims, chosen, Objective(), parallel=parallel)
+        return parallel.compile(step).lower(inputs, shapes).compile()
     if stage == "eval":
 
         def forward(params: Any, images: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.directory import Model
 from nvit_jax.model.groups import Params
+from nvit_jax.model.parts import forward_in_parts
 from nvit_jax.parallel import Parallel
 from nvit_jax.training import similarity
 from nvit_jax.training.distill import Stopped
@@ -162,7 +163,10 @@ def _advance(monitor: Monitor, *, shown: bool) -> Callable[[int], None]:
 
 
 def _forward(dims: ViTDims, feed: Feed, dtype: Any, state: tuple[Params, Units | None], images: Any) -> Any:
-    return vit.forward(dims, state[0], feed.normalise(images), state[1], dtype=dtype)
+    def forward(images: Any) -> Any:
+        return vit.forward(dims, state[0], feed.normalise(images), state[1], dtype=dtype)
+
+    return forward_in_parts(forward, dims, images)
 
 
 def _gathered(
@@ -181,11 +185,15 @@ def _gathered(
 
     def pair(state: Any, images: Any) -> Any:
         params, masks, other = state
-        images = feed.normalise(images)
-        ours = vit.forward(dims, params, images, masks, dtype=dtype)
-        if other is None or reference is None:
-            return ours, None
-        return ours, ours if other == () else vit.forward(reference.dims, other, images, dtype=dtype)
+
+        def both(images: Any) -> Any:
+            images = feed.normalise(images)
+            ours = vit.forward(dims, params, images, masks, dtype=dtype)
+            if other is None or reference is None:
+                return ours, None
+            return ours, ours if other == () else vit.forward(reference.dims, other, images, dtype=dtype)
+
+        return forward_in_parts(both, dims, images)
 
     step = similarity.make_feature_step(pair, parallel)
 

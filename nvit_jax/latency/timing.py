@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import pathlib
 import sys
 import threading
@@ -18,6 +19,7 @@ from nvit_jax.data.datasets import cores
 from nvit_jax.errors import UserError, check_choice, first_line
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
+from nvit_jax.model.parts import forward_in_parts
 from nvit_jax.parallel import machine_bytes
 from nvit_jax.schema import check_fields, whole
 
@@ -80,7 +82,8 @@ def compile_piece(dims: ViTDims, name: str, batch: int, dtype: str) -> Call:
         return jnp.asarray(0.02 * rng.standard_normal(shape.shape, np.float32), shape.dtype)
 
     try:
-        compiled = jax.jit(fn).lower(shapes, example).compile()
+        run = jax.jit(lambda params, inputs: forward_in_parts(functools.partial(fn, params), dims, inputs))
+        compiled = run.lower(shapes, example).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -6,7 +6,7 @@ import functools
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from nvit_jax.model import fitting, groups, vit
 from nvit_jax.model.dims import KINDS, Units, ViTDims
 from nvit_jax.model.groups import Params
 from nvit_jax.model.masks import check_masks
+from nvit_jax.model.parts import forward_in_parts
 from nvit_jax.model.preprocessing import Preprocessing, as_images, normalise, preprocess
 from nvit_jax.model.regnet import RegNet, RegNetDims, regnet_shapes
 from nvit_jax.model.reshape import reshape
@@ -90,18 +91,20 @@ class Model:
         images = as_images(images, self.dims.image, self.dims.channels)
         if not len(images):
             raise UserError(": there are none", "images")
-        return self.apply(self.params, normalise(images, self.preprocessing))
+        return self._run(_in_parts, self.params, normalise(images, self.preprocessing), self.masks)
 
     def apply(self, params: Params, images: Any, masks: Units | None = None) -> jax.Array:
         """Logits [B, C] of normalised images [B, height, width, channels]; `masks` default to the model's own.
 
         A model without classes gives features [B, D], the mean over its class tokens.
         """
-        masks = self.masks if masks is None else masks
+        return self._run(_at_once, params, images, self.masks if masks is None else masks)
+
+    def _run(self, forward: Callable[..., jax.Array], params: Params, images: Any, masks: Units | None) -> jax.Array:
         if masks is not None:  # their values cannot be seen any more inside of what is compiled
             fitting.check_masks(masks, self.dims, len(images))
         try:
-            return _apply(self.dims, params, images, masks)
+            return forward(self.dims, params, images, masks)
         except Exception:  # such as JAX has for what is no array, and Flax for what is missing
             check_params(params, self.dims, "params")
             raise
@@ -151,8 +154,16 @@ class Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(dims: ViTDims, params: Params, images: jax.Array, masks: Units | None) -> jax.Array:
+def _at_once(dims: ViTDims, params: Params, images: jax.Array, masks: Units | None) -> jax.Array:
     return vit.forward(dims, params, images, masks).mean(1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _in_parts(dims: ViTDims, params: Params, images: jax.Array, masks: Units | None) -> jax.Array:
+    """As `_at_once`, for those who want no gradient of it."""
+    if masks is not None and masks.embed.ndim > 1:  # per sample
+        return _at_once(dims, params, images, masks)
+    return forward_in_parts(lambda rows: _at_once(dims, params, rows, masks), dims, images)
 
 
 class _Facts:

@@ -102,15 +102,16 @@ def _curvature(
     diagonal, so that ONE Hessian-vector product gives B independent estimates v_i (H_x v)_i, which are averaged.
     """
     masks = normalize(masks)
-    return average(functools.partial(_probed, loss, params, masks, key, _probe_parts(masks, scheme, chunk), probes), batch)
+    parts = _probe_parts(masks, scheme, chunk)
+    return average(functools.partial(_probed, loss, params, masks, key, parts, probes), batch)
 
 
 def _probed(
-    loss: Loss, params: Params, masks: Units, key: jax.Array, confined: tuple[Units, int], probes: int, batch: Batch
+    loss: Loss, params: Params, masks: Units, key: jax.Array, split: tuple[Units, int], probes: int, batch: Batch
 ) -> tuple[Units, Units]:
     """`_curvature` of one part of a batch."""
     gates = per_sample(masks, _size(batch))
-    parts, count = confined
+    parts, count = split
 
     def gradient(gates: Units) -> Units:
         return jax.grad(lambda g: loss(params, g, batch).sum())(gates)

@@ -13,6 +13,7 @@ from nvit_jax.errors import UserError, check_choice
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
+from nvit_jax.model.parts import gradient_parts, mean_over_parts
 from nvit_jax.parallel import Parallel, device_bytes, fetch
 from nvit_jax.pruning import saliency
 from nvit_jax.schema import Flag, Maybe, Shape, check_fields, whole
@@ -20,7 +21,6 @@ from nvit_jax.training import optim
 from nvit_jax.training.distill import Inputs, Stopped, TrainState
 from nvit_jax.training.losses import FEATURES, Batch, Objective, draw_directions, draw_labels, objective_loss
 from nvit_jax.training.monitor import Monitor
-from nvit_jax.training.parts import mean_over_parts, usual_parts
 
 CALIBRATED = ("obs", "fisher_set")  # no functions of a batch: obs.py, cross.py
 CRITERIA = (*CALIBRATED, *saliency.CRITERIA)
@@ -173,7 +173,7 @@ def make_score_step(
             return batch
 
         images = len(batch["image"]) // (parallel.seen if parallel else 1)
-        count = 1 if objective.own else usual_parts(dims, images)
+        count = 1 if objective.own else gradient_parts(dims, images)
 
         def average(find: Callable[[Batch], Any], batch: Batch) -> Any:
             return mean(mean_over_parts(lambda _, part: find(complete(part)), None, batch, count, parallel))

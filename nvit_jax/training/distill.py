@@ -14,11 +14,11 @@ from nvit_jax.errors import UserError
 from nvit_jax.model import vit
 from nvit_jax.model.dims import Units, ViTDims
 from nvit_jax.model.groups import Params
+from nvit_jax.model.parts import gradient_parts, mean_over_parts
 from nvit_jax.parallel import Parallel
 from nvit_jax.training.losses import Batch, Objective, objective_loss
 from nvit_jax.training.monitor import Monitor
 from nvit_jax.training.optim import ema_update
-from nvit_jax.training.parts import mean_over_parts, usual_parts
 
 _ASK_EVERY = 8  # steps
 
@@ -72,8 +72,9 @@ def make_train_step(
 
     `label_teacher(params, images)` gives logits [B, C] where the objective has a teacher_alpha. `accumulate`: the batch
     goes through the models in that many parts, one after the other, for the memory of one; the same step but for
-    rounding. None: in the usual ones (`parts.usual_parts`), and whole with a loss of the user's. `parallel`, what compiles the step: with it the devices exchange gradients once, not for each part.
-    `remat`: blocks are computed again in the backward pass.
+    rounding. None: the usual ones (`gradient_parts`), and one with a loss of the user's. `parallel`, what compiles the
+    step: with it the devices exchange gradients once, not for each part. `remat`: blocks are computed again in the
+    backward pass.
     """
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -116,7 +117,7 @@ def make_train_step(
         count = accumulate
         if count is None:
             images = len(batch["image"]) // (parallel.seen if parallel else 1)
-            count = 1 if objective.own else usual_parts(dims, images)
+            count = 1 if objective.own else gradient_parts(dims, images)
         gradient, metrics = mean(mean_over_parts(part, (state.params, *inputs[1:]), batch, count, parallel))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,8 +1,8 @@
 """A batch in parts, which go through a device one after the other: it needs the memory of one.
 
 On a CPU small parts are faster, too. XLA asks the system for the memory of a program whenever it runs, and the system
-clears that page by page, which took DeiT-Tiny's gradient of 24 images as long as half of its products. What is small is
-given again without that, and stays in the caches.
+clears that page by page, which takes a large batch as long as half of its products. What is small is given again
+without that, and stays in the caches (`python -m benchmarks.parts`).
 """
 
 from collections.abc import Callable
@@ -14,18 +14,32 @@ import jax.numpy as jnp
 from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.parallel import Parallel
-from nvit_jax.training.losses import Batch
 
-_BYTES = 3e8  # of a part on a CPU; `python -m tests.ablations.parts`
-_LEAST = 2  # images of a part: products of a single one are slower again
+Batch = dict[str, Any]
+_KEPT = 3e8  # bytes that a backward pass on a CPU may keep of a part
+_TOKENS = 3200  # of a part that only goes forward; the same for all widths, so that latencies can be compared
+_LEAST = {"gradient": 2, "forward": 4}  # images of a part: products of fewer are slower again
 
 
-def usual_parts(dims: ViTDims, images: int) -> int:
-    """In how many parts a device takes that many images."""
-    if jax.default_backend() != "cpu":
+def gradient_parts(dims: ViTDims, images: int) -> int:
+    """In how many parts a device takes that many images for a gradient, or for a product with the Hessian."""
+    return _count(images, _LEAST["gradient"], int(_KEPT / vit.kept_bytes(dims)))
+
+
+def forward_in_parts(forward: Callable[[jax.Array], Any], dims: ViTDims, rows: jax.Array) -> Any:
+    """`forward(rows)` of an axis of examples, which what it returns has, too; on one CPU in parts."""
+    count = _count(len(rows), _LEAST["forward"], _TOKENS // dims.tokens) if jax.device_count() == 1 else 1
+    if count == 1:
+        return forward(rows)
+    found = jax.lax.map(forward, rows.reshape(count, -1, *rows.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def _count(images: int, least: int, most: int) -> int:
+    """Equal parts of at most `most` images, or of `least`; one where images cannot be divided so."""
+    if jax.default_backend() != "cpu" or images <= most:
         return 1
-    most = max(_LEAST, int(_BYTES / vit.kept_bytes(dims)))
-    return images // max((size for size in range(_LEAST, most + 1) if images % size == 0), default=images)
+    return images // max((size for size in range(least, max(least, most) + 1) if images % size == 0), default=images)
 
 
 def mean_over_parts(find: Callable[[Any, Batch], Any], weights: Any, batch: Batch, count: int,
