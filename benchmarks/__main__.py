@@ -11,6 +11,7 @@ COMMANDS = (
     "waiting",
     "growth",
     "memory",
+    "parts",
     "finetuned",
     "check",
     "tables",

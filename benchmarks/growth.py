@@ -70,7 +70,7 @@ def grow(axis: str, options: Any, record: Record) -> None:
             calls[str(size)] = decision
             facts[str(size)] = {"size": sum(mask.size for mask in Units(*decision.masks))}
             continue
-        calls[str(size)] = steps.training(dims, values["batch"])
+        calls[str(size)] = steps.training(dims, values["batch"], accumulate=1)
         plan = programs.memory(programs.program("pretrain", dims, values["batch"]))
         working = plan["temporaries"] + plan["outputs"]
         facts[str(size)] = {"size": grown[axis], "working": working, "params": count_params(dims)}

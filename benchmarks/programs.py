@@ -43,7 +43,7 @@ def train_step(
     masked: bool = False,
     dtype: str = "float32",
     remat: bool = False,
-    accumulate: int | None = None,
+    accumulate: int = 1,
 ) -> tuple[Any, Any]:
     """(the step that the stages compile, the shapes of its inputs)."""
     optimizer = optim.adamw(1e-4, weight_decay=0.05)
@@ -79,7 +79,7 @@ def program(stage: str, dims: ViTDims, batch: int, *, dtype: str = "float32", re
     if stage.startswith("score "):
         chosen = Scoring(criterion=stage.removeprefix("score "), scheme="kind", remat=remat)
         inputs = train_step(dims, parallel=parallel, masked=True)[1]._replace(teacher=vit.shapes(dims))
-        step = make_score_step(dims, chosen, Objective(), parallel=parallel)
+        step = make_score_step(dims, chosen, Objective(), accumulate=1, parallel=parallel)
         return parallel.compile(step).lower(inputs, shapes).compile()
     if stage == "eval":
 

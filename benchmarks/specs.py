@@ -60,11 +60,13 @@ def _rows(**axes: Sequence[Any]) -> list[Row]:
 
 
 MODELS = ("dense", "nvit_b", "nvit_b_odd", "nvit_s")
+PREDICTED = ("predicted_0.7", "predicted_0.54", "predicted_0.4")
 OVERS = (("eager", "PyTorch eager"), ("fused", "fused"), ("compile", "compile"), ("onnx", "onnxruntime"))
 STEPS = ("pretrain", "finetune", "prune", "prune, taylor collected", "score fisher", "score taylor", "score hvp",
          "PyTorch eager", "PyTorch compile")  # fmt: skip
 THEIRS = ("Torch-Pruning Taylor", "Torch-Pruning Hessian")
 SCORES = ("fisher", "fisher, remat", "taylor", "taylor, remat", "gradient", "an hvp probe", *THEIRS)
+PARTED = ("forward", "pretrain", "score fisher", "score hvp")
 STAGES = ("pretrain", "finetune", "prune", "score fisher", "score taylor", "score hvp")
 TABLES = {
     "inference": Table(
@@ -83,14 +85,19 @@ TABLES = {
         ),
         {
             "cpu": _rows(of=("deit_tiny",), model=MODELS, dtype=("float32",), batch=(1, 8, 32, 256))
-            + _rows(of=("deit_small", "deit_base"), model=MODELS, dtype=("float32",), batch=(1, 32)),
+            + _rows(of=("deit_small", "deit_base"), model=MODELS, dtype=("float32",), batch=(1, 32))
+            + _rows(of=("deit_tiny",), model=PREDICTED, dtype=("float32",), batch=(32,)),
             "gpu": _rows(of=("deit_tiny", "deit_small", "deit_base"), model=MODELS, dtype=("bfloat16",), batch=(256,))
             + _rows(of=("deit_base",), model=("predicted_0.54",), dtype=("bfloat16",), batch=(256,))
             + _rows(of=("deit_base",), model=("dense", "nvit_b"), dtype=("bfloat16",), batch=(1, 8, 32))
             + _rows(of=("deit_base",), model=("dense",), dtype=("float32",), batch=(256,)),
         },
         {
-            "cpu": ("--models deit_tiny --batch 1 8 32 256", "--models deit_small deit_base --batch 1 32"),
+            "cpu": (
+                "--models deit_tiny --batch 1 8 32 256",
+                "--models deit_small deit_base --batch 1 32",
+                "--models deit_tiny --batch 32 --predict 0.7 0.54 0.4",
+            ),
             "gpu": (
                 "--models deit_tiny deit_small deit_base --batch 256 --dtypes bfloat16",
                 "--models deit_base --batch 256 --dtypes bfloat16 --predict 0.54",
@@ -194,6 +201,20 @@ TABLES = {
                 *_rows(axis=("devices",), size=(1, 2, 4), accumulate=(1, 4), backend=("jit",)),
             ]
         },
+    ),
+    "parts": Table(
+        ("what", "model", "batch", "part"),
+        (
+            Column("ms", "ms"),
+            Column("CPU ms", "cpu_ms"),
+            Column("whole batch = 1", "speed", times_as_fast),
+            Column("noise", "noise", percent),
+        ),
+        {
+            "cpu": _rows(what=PARTED, model=("deit_tiny",), batch=(32,), part=(32, 16, 8, 4, 2, 1))
+            + _rows(what=PARTED, model=("deit_base",), batch=(8,), part=(8, 4, 2, 1)),
+        },
+        {"cpu": ("--model deit_tiny --batch 32", "--model deit_base --batch 8")},
     ),
     "memory": Table(
         ("model", "widths", "stage", "dtype", "batch", "remat"),

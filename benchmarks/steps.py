@@ -87,7 +87,9 @@ def training(
     return call
 
 
-def scoring(dims: ViTDims, images: np.ndarray, labels: np.ndarray, batch: int, chosen: Scoring) -> Callable[[int], Any]:
+def scoring(
+    dims: ViTDims, images: np.ndarray, labels: np.ndarray, batch: int, chosen: Scoring, accumulate: int | None = None
+) -> Callable[[int], Any]:
     """Scores of batch number i of these images, as the prune stage finds them, on the host in the end."""
     params = models.random_params(dims)
     recipe = Recipe(batch=batch)
@@ -95,7 +97,9 @@ def scoring(dims: ViTDims, images: np.ndarray, labels: np.ndarray, batch: int, c
         dims, make_feed((images, labels), dims, preprocessing(dims)), recipe, Model(dims, params), Monitor()
     )
     optimizer = recipe.make_optimizer(recipe.learning_rate)
-    step = trainer.compiled_plain(make_score_step(dims, chosen, Objective(), parallel=trainer.parallel))
+    step = trainer.compiled_plain(
+        make_score_step(dims, chosen, Objective(), accumulate=accumulate, parallel=trainer.parallel)
+    )
     state = trainer.parallel.place(distill.new_state(params, optimizer, 0, masks=full_masks(dims)))
     inputs = trainer.inputs(state)
     with contextlib.closing(trainer.feed.reader(Draws(batch, (0,), trainer.parallel))) as reader:

@@ -21,14 +21,24 @@ _TOKENS = 3200  # of a part that only goes forward; the same for all widths, so 
 _LEAST = {"gradient": 2, "forward": 4}  # images of a part: products of fewer are slower again
 
 
-def gradient_parts(dims: ViTDims, images: int) -> int:
-    """In how many parts a device takes that many images for a gradient, or for a product with the Hessian."""
+def gradient_parts(dims: ViTDims, batch: Batch, parallel: Parallel | None = None) -> int:
+    """In how many parts a device takes a batch for a gradient, or for products with the Hessian.
+
+    `batch` lies over the devices that `parallel` sees, or on one.
+    """
+    images = len(batch["image"]) // (parallel.seen if parallel else 1)
     return _count(images, _LEAST["gradient"], int(_KEPT / vit.kept_bytes(dims)))
 
 
 def forward_in_parts(forward: Callable[[jax.Array], Any], dims: ViTDims, rows: jax.Array) -> Any:
-    """`forward(rows)` of an axis of examples, which what it returns has, too; on one CPU in parts."""
-    count = _count(len(rows), _LEAST["forward"], _TOKENS // dims.tokens) if jax.device_count() == 1 else 1
+    """`in_parts`, as many as a device takes rows of images, or of their tokens, in."""
+    if jax.device_count() > 1:  # rows may lie on all of them
+        return forward(rows)
+    return in_parts(forward, rows, _count(len(rows), _LEAST["forward"], _TOKENS // dims.tokens))
+
+
+def in_parts(forward: Callable[[jax.Array], Any], rows: jax.Array, count: int) -> Any:
+    """`forward(rows)` of an axis of examples, which what it returns has, too, from so many parts of them."""
     if count == 1:
         return forward(rows)
     found = jax.lax.map(forward, rows.reshape(count, -1, *rows.shape[1:]))

@@ -125,6 +125,7 @@ def make_score_step(
     *,
     label_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     criterion: Callable[..., Units] | None = None,
+    accumulate: int | None = None,
     parallel: Parallel | None = None,
 ) -> Callable[..., Units]:
     """`step(inputs, batch, mean)` -> scores of one batch, in float32 at full matmul precision.
@@ -133,6 +134,7 @@ def make_score_step(
       mix: the training's objective, which the losses "mix" and "own" are made of.
       label_teacher: (params, images) -> logits [B, C], where `mix` has a teacher_alpha.
       criterion: in the place of `scoring.function()`.
+      accumulate: parts that a batch goes through a device in; None: the usual ones, and one with a loss of the user's.
       parallel: what compiles the step; None: one device.
     """
     name, criterion = scoring.usual_loss, criterion or scoring.function()
@@ -172,8 +174,7 @@ def make_score_step(
                 batch = batch | {"direction": draw_directions(batch["teacher"], key, batch["index"])}
             return batch
 
-        images = len(batch["image"]) // (parallel.seen if parallel else 1)
-        count = 1 if objective.own else gradient_parts(dims, images)
+        count = accumulate or (1 if objective.own else gradient_parts(dims, batch, parallel))
 
         def average(find: Callable[[Batch], Any], batch: Batch) -> Any:
             return mean(mean_over_parts(lambda _, part: find(complete(part)), None, batch, count, parallel))

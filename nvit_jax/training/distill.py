@@ -114,10 +114,7 @@ def make_train_step(
 
             return jax.grad(loss, has_aux=True)(params)
 
-        count = accumulate
-        if count is None:
-            images = len(batch["image"]) // (parallel.seen if parallel else 1)
-            count = 1 if objective.own else gradient_parts(dims, images)
+        count = accumulate or (1 if objective.own else gradient_parts(dims, batch, parallel))
         gradient, metrics = mean(mean_over_parts(part, (state.params, *inputs[1:]), batch, count, parallel))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -52,6 +52,7 @@ def main() -> None:
             label_teacher=functools.partial(cnn.logits, dtype=dtype),
             dtype=dtype,
             ema_decay=0.99996,
+            accumulate=1,
             remat=options.remat,
         )
         inputs = distill.Inputs(state, vit.shapes(dims) if kl else None, cnn.params if alpha else None)
