@@ -12,6 +12,7 @@ COMMANDS = (
     "growth",
     "memory",
     "parts",
+    "attention",
     "finetuned",
     "check",
     "tables",

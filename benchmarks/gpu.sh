@@ -71,6 +71,7 @@ bench scores 40 --model deit_base --images 64 --batch 32 --ours gradient "hvp, 1
   -- --images 8 --batch 4 --ours gradient "hvp, 1 probe" "hvp, 3 probes" --theirs
 bench inference 50 --models deit_tiny deit_small --batch 256 --dtypes bfloat16 --against fused compile \
   -- --pruned --batch 2 --rounds 1 --against fused
+bench attention 40 --heads 12 --batch 256 --dtype bfloat16 -- --widths 16x8 --rounds 1
 bench memory 80 --model deit_base --batch 128 --stages pretrain finetune "score fisher" --widths dense \
   -- --batch 4 --dtype float32 --stages pretrain "score fisher" --widths dense
 bench waiting 60 --configs demo deit_base --words "import jax" help --rounds 1 \

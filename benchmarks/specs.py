@@ -66,6 +66,7 @@ STEPS = ("pretrain", "finetune", "prune", "prune, taylor collected", "score fish
          "PyTorch eager", "PyTorch compile")  # fmt: skip
 THEIRS = ("Torch-Pruning Taylor", "Torch-Pruning Hessian")
 SCORES = ("fisher", "fisher, remat", "taylor", "taylor, remat", "gradient", "an hvp probe", *THEIRS)
+PASSES = ("forward", "gradient")
 PARTED = ("forward", "pretrain", "score fisher", "score hvp")
 STAGES = ("pretrain", "finetune", "prune", "score fisher", "score taylor", "score hvp")
 TABLES = {
@@ -215,6 +216,30 @@ TABLES = {
             + _rows(what=PARTED, model=("deit_base",), batch=(8,), part=(8, 4, 2, 1)),
         },
         {"cpu": ("--model deit_tiny --batch 32", "--model deit_base --batch 8")},
+    ),
+    "attention": Table(
+        ("of", "qk", "v", "how", "heads", "dtype", "batch"),
+        (
+            Column("ms", "ms"),
+            Column("CPU ms", "cpu_ms"),
+            Column("nvit_jax = 1", "speed", times_as_fast),
+            Column("noise", "noise", percent),
+        ),
+        {
+            "cpu": _rows(
+                of=PASSES, qk=(64,), v=(64,), how=("nvit_jax", "xla"), heads=(3,), dtype=("float32",), batch=(16,)
+            ),
+            "gpu": _rows(
+                of=PASSES,
+                qk=(64,),
+                v=(64,),
+                how=("nvit_jax", "xla", "cudnn"),
+                heads=(12,),
+                dtype=("bfloat16",),
+                batch=(256,),
+            ),
+        },
+        {"gpu": ("--heads 12 --batch 256 --dtype bfloat16",)},
     ),
     "memory": Table(
         ("model", "widths", "stage", "dtype", "batch", "remat"),

@@ -65,8 +65,8 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(initial=0), 1e-30))
 
 
-def score_step(p: Parallel, name, loss_name, size=8):
-    step = make_score_step(DIMS, Scoring(criterion=name, loss=loss_name), MIX)
+def score_step(p: Parallel, name, loss_name, size=8, count=1):
+    step = make_score_step(DIMS, Scoring(criterion=name, loss=loss_name), MIX, accumulate=count, parallel=p)
     params, teacher = random_params(DIMS, 0, np.float32), random_params(DIMS, 1, np.float32)
     optimizer = optim.adamw(1e-3, weight_decay=0.0)
     masks = full_masks(DIMS)
@@ -98,6 +98,18 @@ def test_a_pruning_step(setup, name, loss_name):
     ranked = [rank(jax.tree.map(np.asarray, s), masks, DIMS, policy, targets) for s in (one, many)]
     for a, b in zip(ranked[0].masks, ranked[1].masks, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("setup", ["jit 1", *SETUPS])
+@pytest.mark.parametrize(
+    ("name", "loss_name"),
+    [("hvp", "kl"), ("obd", "mix"), ("fisher", "drawn"), ("taylor", "labels"), ("hvp_joint", "kl")],
+)
+def test_scores_of_a_batch_in_parts(setup, name, loss_name):
+    """Two parts of two images on each device: means are taken before any square, draws go with the image; 1e-5."""
+    whole, _ = score_step(parallel(), name, loss_name, size=16)
+    found, _ = score_step(parallel(*SETUPS.get(setup, ("jit", 1))), name, loss_name, size=16, count=2)
+    close(found, whole)
 
 
 @pytest.mark.parametrize("setup", ["jit 1", *SETUPS])

@@ -31,14 +31,14 @@ def gradient_parts(dims: ViTDims, batch: Batch, parallel: Parallel | None = None
 
 
 def forward_in_parts(forward: Callable[[jax.Array], Any], dims: ViTDims, rows: jax.Array) -> Any:
-    """`in_parts`, as many as a device takes rows of images, or of their tokens, in."""
+    """`in_parts`, in the usual number of them; a row is an image, or the tokens of one."""
     if jax.device_count() > 1:  # rows may lie on all of them
         return forward(rows)
     return in_parts(forward, rows, _count(len(rows), _LEAST["forward"], _TOKENS // dims.tokens))
 
 
 def in_parts(forward: Callable[[jax.Array], Any], rows: jax.Array, count: int) -> Any:
-    """`forward(rows)` of an axis of examples, which what it returns has, too, from so many parts of them."""
+    """`forward(rows)` from `count` parts of the rows; what it returns has their axis, too."""
     if count == 1:
         return forward(rows)
     found = jax.lax.map(forward, rows.reshape(count, -1, *rows.shape[1:]))
@@ -46,14 +46,15 @@ def in_parts(forward: Callable[[jax.Array], Any], rows: jax.Array, count: int) -
 
 
 def _count(images: int, least: int, most: int) -> int:
-    """Equal parts of at most `most` images, or of `least`; one where images cannot be divided so."""
+    """On a CPU so many that each has at most `most` images, or `least`; one where that does not divide the images."""
     if jax.default_backend() != "cpu" or images <= most:
         return 1
     return images // max((size for size in range(least, max(least, most) + 1) if images % size == 0), default=images)
 
 
-def mean_over_parts(find: Callable[[Any, Batch], Any], weights: Any, batch: Batch, count: int,
-                    parallel: Parallel | None = None) -> Any:  # fmt: skip
+def mean_over_parts(
+    find: Callable[[Any, Batch], Any], weights: Any, batch: Batch, count: int, parallel: Parallel | None = None
+) -> Any:
     """The mean of `find(weights, batch)` over `count` parts of the batch. A device takes every count-th of its rows.
 
     Sums stay apart for each device of `parallel` until the last part is done: gradients are exchanged once. All weights

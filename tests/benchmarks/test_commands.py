@@ -25,6 +25,8 @@ WORDS = {
     "decision": ["--models", "deit_base", "--rounds=1", "--limits", "macs"],
     "waiting": ["--configs", "--words", "help", "--rounds=1"],
     "growth": ["--axes", "units", "--rounds=1"],
+    "parts": ["--work", "forward", "score fisher", "--batch=4", "--rounds=1"],
+    "attention": ["--widths", "16x8", "--rounds=1"],
     "memory": ["--stages", "pretrain", "eval", "--batch=4", "--dtype=float32", "--widths", "dense"],
 }
 
@@ -98,7 +100,7 @@ def test_the_script_for_a_gpu_has_commands_that_exist(tiny, tmp_path):
         options = importlib.import_module(module).parser().parse_args(command[1:])
         assert options.tiny == bool(tiny) and options.out.parent == tmp_path
         seen.add(module.removeprefix("benchmarks."))
-    assert seen == {"inference", "training", "scores", "memory", "waiting"}
+    assert seen == {"inference", "training", "scores", "attention", "memory", "waiting"}
 
 
 @pytest.mark.parametrize("seconds", ["3000", "10"])
@@ -132,7 +134,9 @@ def test_the_script_for_a_gpu_is_rehearsed(tmp_path):
     said = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert said.returncode == 0, said.stdout + said.stderr
     names = {path.name for path in tmp_path.glob("*.json")}
-    assert names == {f"{name}_cpu.json" for name in ("inference", "training", "scores", "memory", "waiting")}
+    assert names == {
+        f"{name}_cpu.json" for name in ("inference", "training", "scores", "attention", "memory", "waiting")
+    }
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_base"])
