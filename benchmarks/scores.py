@@ -6,7 +6,7 @@ All see the same images, batch by batch in turns, so that "seconds" are the sum 
 (second order, of each image apart), `taylor` and the products of `hvp`, with and without remat; theirs are the
 gradients of a batch (its Taylor importance, first order) and of each image alone (its Hessian importance). Compiling
 is left out on both sides. A probe of `hvp` is one more product with the Hessian for each image; it is told in
-gradients of the gates ("gradient": what `fisher` takes without the unpruned model's forward pass).
+gradients of the gates ("gradient": what `fisher` takes without drawing labels).
 """
 
 from collections.abc import Callable, Sequence

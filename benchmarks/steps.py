@@ -90,7 +90,7 @@ def training(
 def scoring(
     dims: ViTDims, images: np.ndarray, labels: np.ndarray, batch: int, chosen: Scoring, accumulate: int | None = None
 ) -> Callable[[int], Any]:
-    """Scores of batch number i of these images, as the prune stage finds them, on the host in the end."""
+    """Scores of batch number i of these images, as of an unpruned model, on the host in the end."""
     params = models.random_params(dims)
     recipe = Recipe(batch=batch)
     trainer = Trainer(
@@ -98,7 +98,7 @@ def scoring(
     )
     optimizer = recipe.make_optimizer(recipe.learning_rate)
     step = trainer.compiled_plain(
-        make_score_step(dims, chosen, Objective(), accumulate=accumulate, parallel=trainer.parallel)
+        make_score_step(dims, chosen, Objective(), unpruned=True, accumulate=accumulate, parallel=trainer.parallel)
     )
     state = trainer.parallel.place(distill.new_state(params, optimizer, 0, masks=full_masks(dims)))
     inputs = trainer.inputs(state)

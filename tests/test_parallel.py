@@ -100,6 +100,27 @@ def test_a_pruning_step(setup, name, loss_name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "loss_name"),
+    [("hvp", "kl"), ("obd", "mix"), ("fisher", "drawn"), ("fisher", "features"), ("hvp_joint", "features")],
+)
+def test_an_unpruned_model_answers_for_itself(name, loss_name):
+    """Its scores without a forward pass of the teacher, which is the same model: in float64, 1e-9."""
+    with jax.enable_x64(True):
+        params = random_params(DIMS, 0)
+        optimizer = optim.adamw(1e-3, weight_decay=0.0)
+        state = distill.new_state(params, optimizer, 7, masks=jax.tree.map(jnp.asarray, full_masks(DIMS)))
+        given = batch() | {"image": random_images(DIMS, 8)}
+        found = [
+            make_score_step(DIMS, Scoring(criterion=name, loss=loss_name), MIX, unpruned=unpruned)(
+                distill.Inputs(state, params), given, lambda tree: tree
+            )
+            for unpruned in (False, True)
+        ]
+        close(*found, tolerance=1e-9)
+        assert all(np.asarray(scores).any() for scores in found[0])
+
+
 @pytest.mark.parametrize("setup", ["jit 1", *SETUPS])
 @pytest.mark.parametrize(
     ("name", "loss_name"),

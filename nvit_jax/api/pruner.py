@@ -128,6 +128,7 @@ class Pruner:
             self.setup.scoring,
             objective,
             label_teacher=teacher.logits if teacher else None,
+            unpruned=first and not self.setup.plan.warmup,
             parallel=self.trainer.parallel,
         )
         return train, self.trainer.compiled_plain(score)

@@ -125,6 +125,7 @@ def make_score_step(
     *,
     label_teacher: Callable[[Any, jax.Array], jax.Array] | None = None,
     criterion: Callable[..., Units] | None = None,
+    unpruned: bool = False,
     accumulate: int | None = None,
     parallel: Parallel | None = None,
 ) -> Callable[..., Units]:
@@ -134,6 +135,7 @@ def make_score_step(
       mix: the training's objective, which the losses "mix" and "own" are made of.
       label_teacher: (params, images) -> logits [B, C], where `mix` has a teacher_alpha.
       criterion: in the place of `scoring.function()`.
+      unpruned: the state is the unpruned model: its answers are those that the loss is made of.
       accumulate: parts that a batch goes through a device in; None: the usual ones, and one with a loss of the user's.
       parallel: what compiles the step; None: one device.
     """
@@ -149,30 +151,38 @@ def make_score_step(
         "own": Objective(own=mix.own),
     }[name]
     forward = vit.features if name == "features" else vit.forward
-
-    def loss(params: Params, masks: Units, batch: Batch) -> jax.Array:
-        remat = _asks_for_remat(scoring, dims, len(batch["image"])) if scoring.remat is None else scoring.remat
-        out = forward(dims, params, batch["image"], masks, remat=remat)
-        if "direction" in batch:
-            return (batch["direction"] * out).sum((1, 2))
-        return objective_loss(objective, out, batch)[0]
+    needs_answers = name not in ("labels", "own")
 
     def step(inputs: Inputs, batch: Batch, mean: Callable[[Any], Any]) -> Units:
         state = inputs.state
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
+        def with_answers(batch: Batch, logits: jax.Array) -> Batch:
+            """With the unpruned model's logits, or features, and what is drawn for them."""
+            batch = batch | {"teacher": logits}
+            if name == "drawn":
+                batch |= {"label": draw_labels(logits, key, batch["index"])}
+            if name == "features" and scoring.criterion == "fisher":
+                batch |= {"direction": draw_directions(logits, key, batch["index"])}
+            return batch
+
         def complete(batch: Batch) -> Batch:
             """With what the loss needs of the teachers."""
-            if name not in ("labels", "own"):
-                batch = batch | {"teacher": forward(dims, inputs.teacher, batch["image"])}
+            if needs_answers and not unpruned:
+                batch = with_answers(batch, forward(dims, inputs.teacher, batch["image"]))
             if objective.teacher_alpha:
                 assert label_teacher is not None
                 batch = batch | {"label_teacher": label_teacher(inputs.label_teacher, batch["image"])}
-            if name == "drawn":
-                batch = batch | {"label": draw_labels(batch["teacher"], key, batch["index"])}
-            if name == "features" and scoring.criterion == "fisher":
-                batch = batch | {"direction": draw_directions(batch["teacher"], key, batch["index"])}
             return batch
+
+        def loss(params: Params, masks: Units, batch: Batch) -> jax.Array:
+            remat = _asks_for_remat(scoring, dims, len(batch["image"])) if scoring.remat is None else scoring.remat
+            out = forward(dims, params, batch["image"], masks, remat=remat)
+            if needs_answers and unpruned:
+                batch = with_answers(batch, jax.lax.stop_gradient(out))
+            if "direction" in batch:
+                return (batch["direction"] * out).sum((1, 2))
+            return objective_loss(objective, out, batch)[0]
 
         count = accumulate or (1 if objective.own else gradient_parts(dims, batch, parallel))
 
