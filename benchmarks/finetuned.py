@@ -35,7 +35,7 @@ import numpy as np
 import nvit_jax as nvit
 from nvit_jax.data.listing import list_folder
 from nvit_jax.files import fingerprint, read_json, write_json
-from nvit_jax.latency.timing import device_name, keep_memory
+from nvit_jax.latency.timing import device_name
 from nvit_jax.model import vit
 from nvit_jax.pruning.ranking import group_sizes
 
@@ -388,7 +388,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    keep_memory()
     try:
         main()
     except nvit.UserError as error:

@@ -24,7 +24,7 @@ from benchmarks.plots import draw
 from benchmarks.specs import TABLES
 from benchmarks.tables import RESULTS, table
 from nvit_jax.files import read_json, write_json
-from nvit_jax.latency.timing import device_name, keep_memory
+from nvit_jax.latency.timing import device_name
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "onnxruntime", "torch-pruning", "numpy")
 _SETTINGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -121,8 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """What `python -m benchmarks.NAME` does: freed memory is kept, and mistakes are one line."""
-    keep_memory()
+    """What `python -m benchmarks.NAME` does: mistakes are one line."""
     try:
         main(sys.argv[1:])
     except nvit.UserError as error:

@@ -1,9 +1,7 @@
 """How long things take on this device: pieces of a model compiled as they are deployed, timed in turns."""
 
-import ctypes
 import dataclasses
 import functools
-import pathlib
 import sys
 import threading
 import time
@@ -36,28 +34,6 @@ def device_name() -> str:
     device = jax.devices()[0]
     detail = f" ({cores()} cores)" if device.platform == "cpu" else ""
     return f"{device.device_kind} x{jax.device_count()}{detail}"
-
-
-def keep_memory() -> None:
-    """Let a CPU process keep the memory that it has freed; call it before JAX starts. Nothing on other systems.
-
-    By default glibc hands large buffers back to the kernel, which clears new pages for every call of a program: on 2
-    cores a quarter of DeiT-T's time, and far from smooth in the widths. Servers do the same by another allocator, or by
-    MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
-
-    What is kept lies in pieces: a process can take three times its largest buffer. So buffers larger than an eighth of
-    the memory, or than 2 GiB, are still handed back.
-    """
-    devices = pathlib.Path("/dev")
-    accelerator = any(devices.glob("nvidia[0-9]*")) or any(devices.glob("accel*")) or any(devices.glob("vfio/[0-9]*"))
-    if sys.platform != "linux" or accelerator:
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        most = 2**31 - 1  # what mallopt takes
-        largest = min(most, machine_bytes() // 8)
-        for option, value in ((-8, 1), (-3, largest), (-1, most)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
-            libc.mallopt(option, value)
 
 
 def free_bytes() -> int:

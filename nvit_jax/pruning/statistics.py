@@ -18,6 +18,7 @@ from nvit_jax.model import vit
 from nvit_jax.model.dims import ViTDims
 from nvit_jax.model.groups import Params, flatten, unflatten
 from nvit_jax.model.masks import full_masks
+from nvit_jax.model.parts import forward_in_parts
 from nvit_jax.parallel import Parallel, fetch
 from nvit_jax.pruning.moments import NOTHING, Sensitivity, TokenMoments, add, moments, of_batches
 from nvit_jax.pruning.saliency import per_sample
@@ -256,7 +257,10 @@ class Walk:
             x = jax.lax.fori_loop(first, self.dims.depth, one, x)
             return vit.classify(self.dims, _outside(params), x, gates)
 
-        run = self._step("finish", step, rows=True)
+        def in_parts(state: Any, x: jax.Array) -> jax.Array:
+            return forward_in_parts(lambda rows: step(state, rows), self.dims, x)
+
+        run = self._step("finish", in_parts, rows=True)
         return [run((params, np.int32(block), embed), x) for x in streams]
 
     def divergence(self, ours: list[jax.Array], theirs: list[jax.Array]) -> float:

@@ -162,7 +162,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    timing.keep_memory()
     options = parser().parse_args()
     kept = options.out / "budgets.json"
     found = read_json(kept) if kept.exists() else {"device": timing.device_name()}

@@ -70,7 +70,6 @@ def hits(run, split: datasets.Split, pre: Preprocessing) -> np.ndarray:
 
 
 def main() -> None:
-    timing.keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "images", "classes", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)

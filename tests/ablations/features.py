@@ -128,7 +128,6 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    timing.keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "images", "classes", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)

@@ -26,7 +26,6 @@ GROUP = 6
 
 
 def main() -> None:
-    timing.keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("table", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)

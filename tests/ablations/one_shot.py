@@ -238,7 +238,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    timing.keep_memory()
     options = parser().parse_args()
     model = load_model(options.model)
     pre = Preprocessing.from_json(model.info["preprocessing"])

@@ -82,7 +82,6 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    timing.keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "images", "classes", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)

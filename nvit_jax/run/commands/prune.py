@@ -73,9 +73,6 @@ def usage() -> str:
 
 def execute(words: Sequence[str]) -> int:
     """Convert, prune, say where the small model lies; the exit code. UserError for mistakes."""
-    from nvit_jax.latency.timing import keep_memory
-
-    keep_memory()
     plan = make_plan(words)
     if plan.config.data.holdout is not None:
         print(

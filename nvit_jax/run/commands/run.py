@@ -51,10 +51,8 @@ def usage() -> str:
 
 def execute(words: Sequence[str]) -> int:
     """Run stages; the exit code. UserError for mistakes."""
-    from nvit_jax.latency.timing import keep_memory
     from nvit_jax.run import flags
 
-    keep_memory()
     values, config, names = flags.parse(["nvit-jax", *words])
     if values.distributed:
         flags.join(values)
