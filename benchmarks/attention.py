@@ -4,8 +4,9 @@
     python -m benchmarks.attention --heads 12 --batch 256 --dtype bfloat16
 
 A width is that of a head's queries and keys, then of its values. All kernels run in turns at each, forward and with the
-gradient in queries, keys and values. JAX's take one width for all three: the others are padded with zeros, cuDNN's to a
-multiple of 8. cuDNN computes in bfloat16 alone, on a GPU, and has no second derivative, which `hvp` needs.
+gradient in queries, keys and values. JAX's take one width for all three: the narrower is padded with zeros, for cuDNN
+all to a multiple of 8. Of these types cuDNN takes only bfloat16, on a GPU. It has no second derivative, which `hvp`
+needs.
 """
 
 import functools
@@ -28,7 +29,7 @@ KERNELS = (OURS, "xla", "cudnn")
 
 
 def kernel(how: str) -> Attention:
-    """Of queries and keys [B, N, H, Q] and values [B, N, H, V], both scaled already: [B, N, H, V]."""
+    """Of queries and keys [B, N, H, Q] and values [B, N, H, V], queries already scaled: [B, N, H, V]."""
     if how == OURS:
         return attend
 

@@ -1,9 +1,10 @@
-"""Parts: a batch that goes through a device in parts of so many images, against the whole batch at once.
+"""Parts: a batch that goes through a device in parts of 1, 2, 4, ... images, against the whole batch at once.
 
     python -m benchmarks.parts --model deit_tiny --batch 32
 
 All sizes of the parts run in turns. "forward" is inference, "pretrain" a training step, "score ..." the scoring of a
-batch, `hvp` with one product with the Hessian. `nvit_jax/model/parts.py` chooses the size by what is measured here.
+batch, `hvp` with one product with the Hessian. The limits in `nvit_jax/model/parts.py` were set from these
+measurements.
 """
 
 import functools
@@ -52,7 +53,7 @@ def main(words: Sequence[str]) -> None:
     options = parser().parse_args(words)
     record = Record("parts", options, words)
     dims = models.dense(options.model, tiny=options.tiny)
-    sizes = [size for size in (2**i for i in range(20)) if options.batch % size == 0][::-1]
+    sizes = [options.batch, *(2**i for i in range(20)[::-1] if options.batch % 2**i == 0 and 2**i < options.batch)]
     for name in options.work:
         calls = {str(size): make(name, dims, options.batch, options.batch // size) for size in sizes}
         times = alternate(calls, options.rounds)

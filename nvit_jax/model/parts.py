@@ -1,8 +1,8 @@
-"""A batch in parts, which go through a device one after the other: it needs the memory of one.
+"""A batch in parts, which go through a device one after the other, so that it needs the memory of one part.
 
-On a CPU small parts are faster, too. XLA asks the system for the memory of a program whenever it runs, and the system
-clears that page by page, which takes a large batch as long as half of its products. What is small is given again
-without that, and stays in the caches (`python -m benchmarks.parts`).
+On a CPU small parts are faster, too (`python -m benchmarks.parts`). XLA allocates a program's memory anew at each run.
+The system clears it page by page, which for a large batch takes half as long as its products. Small parts have fewer
+pages, and stay in the caches.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def in_parts(forward: Callable[[jax.Array], Any], rows: jax.Array, count: int) -
 
 
 def _count(images: int, least: int, most: int) -> int:
-    """On a CPU so many that each has at most `most` images, or `least`; one where that does not divide the images."""
+    """On a CPU parts of the largest size from `least` to `most` (or of `least`) that divides the images, else one."""
     if jax.default_backend() != "cpu" or images <= most:
         return 1
     return images // max((size for size in range(least, max(least, most) + 1) if images % size == 0), default=images)
@@ -55,7 +55,7 @@ def _count(images: int, least: int, most: int) -> int:
 def mean_over_parts(
     find: Callable[[Any, Batch], Any], weights: Any, batch: Batch, count: int, parallel: Parallel | None = None
 ) -> Any:
-    """The mean of `find(weights, batch)` over `count` parts of the batch. A device takes every count-th of its rows.
+    """The mean of `find(weights, batch)` over `count` parts of the batch. A part is every count-th row of each device.
 
     Sums stay apart for each device of `parallel` until the last part is done: gradients are exchanged once. All weights
     are then on each device, and so are sums of all gradients.
