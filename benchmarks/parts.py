@@ -1,4 +1,4 @@
-"""Parts: a batch that goes through a device in parts of 1, 2, 4, ... images, against the whole batch at once.
+"""Parts: a batch that goes through a device in parts of all sizes that divide it, against the whole batch at once.
 
     python -m benchmarks.parts --model deit_tiny --batch 32
 
@@ -53,7 +53,8 @@ def main(words: Sequence[str]) -> None:
     options = parser().parse_args(words)
     record = Record("parts", options, words)
     dims = models.dense(options.model, tiny=options.tiny)
-    sizes = [options.batch, *(2**i for i in range(20)[::-1] if options.batch % 2**i == 0 and 2**i < options.batch)]
+    each = options.batch // jax.device_count()  # images of a device
+    sizes = [options.batch // count for count in range(1, each + 1) if each % count == 0]
     for name in options.work:
         calls = {str(size): make(name, dims, options.batch, options.batch // size) for size in sizes}
         times = alternate(calls, options.rounds)

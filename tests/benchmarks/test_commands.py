@@ -25,7 +25,7 @@ WORDS = {
     "decision": ["--models", "deit_base", "--rounds=1", "--limits", "macs"],
     "waiting": ["--configs", "--words", "help", "--rounds=1"],
     "growth": ["--axes", "units", "--rounds=1"],
-    "parts": ["--work", "forward", "score fisher", "--batch=4", "--rounds=1"],
+    "parts": ["--work", "forward", "score fisher", "--batch=8", "--rounds=1"],
     "attention": ["--widths", "16x8", "--rounds=1"],
     "memory": ["--stages", "pretrain", "eval", "--batch=4", "--dtype=float32", "--widths", "dense"],
 }
